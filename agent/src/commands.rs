@@ -1,0 +1,395 @@
+//! What each command does, and the exit status it ends with.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{ErrorKind, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use jiff::Timestamp;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use tokio::time::{Instant, sleep};
+use tracing::{Level, info};
+
+use crate::aws::{Aws, Patience};
+use crate::cli::{Cli, Command, ConfigCommand, Format, Output, Selection};
+use crate::config::{self, ConfigError};
+use crate::control::{Check, Context, REGISTRY, Verdict};
+use crate::engine::{self, Outcome};
+use crate::host::{Host, files, identity};
+use crate::report::{self, Overall, Report, text};
+use crate::{gate, journal, readiness};
+
+/// The exit statuses. Frozen: scripts and units depend on them (sysexits.h where it has a value).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    /// All controls are met.
+    Pass = 0,
+    /// Something fails.
+    Fail = 1,
+    /// Nothing fails, but something could not be judged.
+    Unknown = 2,
+    /// Wrong usage.
+    Usage = 64,
+    /// An internal error.
+    Internal = 70,
+    /// Another run is under way.
+    Busy = 75,
+    /// Not root.
+    NotRoot = 77,
+    /// The configuration has an error.
+    Config = 78,
+}
+
+/// The result of the last provisioning run of this boot.
+const LAST_RUN: &str = "/run/hostagent/last-run.json";
+
+/// Held while a run is under way.
+const LOCK: &str = "/run/hostagent/lock";
+
+/// How long `provision` waits for a run that only looks.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+
+/// An error that has an exit status of its own.
+#[derive(Debug)]
+struct Refused(Exit, String);
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.1)
+    }
+}
+
+impl std::error::Error for Refused {}
+
+/// Runs a command. An error is printed here, once.
+#[must_use]
+pub fn run(cli: &Cli) -> Exit {
+    match dispatch(cli) {
+        Ok(exit) => exit,
+        Err(e) => {
+            eprintln!("hostagent: {e:#}");
+            match (e.downcast_ref::<Refused>(), e.downcast_ref::<ConfigError>()) {
+                (Some(refused), _) => refused.0,
+                (_, Some(_)) => Exit::Config,
+                _ => Exit::Internal,
+            }
+        }
+    }
+}
+
+fn dispatch(cli: &Cli) -> Result<Exit> {
+    match &cli.command {
+        Command::Provision(selection) => looking(cli, selection, "provision"),
+        Command::Plan(selection) => looking(cli, selection, "plan"),
+        Command::Verify(selection) => looking(cli, selection, "verify"),
+        Command::Gate => {
+            must_be_root("gate")?;
+            let config = config::load(cli.config.as_deref())?.config;
+            match gate::check(config.volume.mount_point.path()) {
+                Ok(why) => say(&format!("{why}\n")).map(|()| Exit::Pass),
+                Err(why) => {
+                    eprintln!("hostagent: Docker may not start: {why:#}");
+                    Ok(Exit::Fail)
+                }
+            }
+        }
+        Command::Status(output) => status(output),
+        Command::Controls(output) => controls(output),
+        Command::Config(ConfigCommand::Check) => {
+            let loaded = config::load(cli.config.as_deref())?;
+            let names: Vec<String> = loaded.files.iter().map(|f| f.display().to_string()).collect();
+            let read = if names.is_empty() {
+                "no file, all defaults".to_owned()
+            } else {
+                names.join(", ")
+            };
+            say(&format!("the configuration is valid ({read})\n"))?;
+            Ok(Exit::Pass)
+        }
+    }
+}
+
+/// Prints to standard output. A reader that went away is not an error of ours.
+fn say(text: &str) -> Result<()> {
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
+        result => result.context("writing to standard output"),
+    }
+}
+
+fn must_be_root(command: &str) -> Result<()> {
+    if nix::unistd::geteuid().is_root() {
+        return Ok(());
+    }
+    bail!(Refused(Exit::NotRoot, format!("`hostagent {command}` must be run as root")))
+}
+
+/// The commands that look at the controls: `verify`, `plan` and `provision`.
+fn looking(cli: &Cli, selection: &Selection, command: &'static str) -> Result<Exit> {
+    let selected = select(selection)?;
+    must_be_root(command)?;
+    let config = config::load(cli.config.as_deref())?.config;
+    let provision = command == "provision";
+    journal::init(if provision { Level::INFO } else { Level::ERROR });
+    // One thread: hostagent waits far more than it computes, and is to stay small.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting the runtime")?;
+    runtime.block_on(async {
+        let _lock = lock(provision).await?;
+        let patience = if provision { Patience::Long } else { Patience::Brief };
+        let cx = Context { config, host: Host::default(), aws: Aws::new(patience) };
+        let report = observe(&cx, &selected, command).await;
+        say(&match selection.output.format {
+            Format::Text => text::render(&report),
+            Format::Json => report.json(),
+        })?;
+        Ok(exit(&report))
+    })
+}
+
+fn exit(report: &Report) -> Exit {
+    match report.result {
+        Overall::Fail => Exit::Fail,
+        Overall::Unknown => Exit::Unknown,
+        // Every control is met, and still somebody could not be told.
+        Overall::Pass if report.conclusion.as_ref().is_some_and(|c| !c.ready) => Exit::Fail,
+        Overall::Pass => Exit::Pass,
+    }
+}
+
+async fn observe(cx: &Context, selected: &[&'static dyn Check], command: &'static str) -> Report {
+    let started = Timestamp::now();
+    let complete = selected.len() == REGISTRY.len();
+    let outcomes = match not_on_ec2(cx).await {
+        Some(why) => {
+            let verdict = |c: &&'static dyn Check| {
+                Outcome::without_facts(c.about(), Verdict::Unknown { why: why.clone() })
+            };
+            selected.iter().map(verdict).collect()
+        }
+        None => match command {
+            "verify" => engine::verify(cx, selected).await,
+            "plan" => engine::plan(cx, selected).await,
+            _ => provision(cx, selected).await,
+        },
+    };
+    let conclusion = if command == "provision" && complete {
+        Some(readiness::conclude(cx, &outcomes).await)
+    } else {
+        None
+    };
+    let report = Report {
+        version: report::VERSION,
+        hostagent: env!("CARGO_PKG_VERSION"),
+        command,
+        instance: cx.aws.identity().await.ok().cloned(),
+        boot_id: identity::boot_id().ok(),
+        started,
+        finished: Timestamp::now(),
+        complete,
+        result: Overall::of(&outcomes),
+        conclusion,
+        controls: outcomes,
+    };
+    if report.conclusion.as_ref().is_some_and(|c| c.news)
+        && let Err(e) = files::write_atomic(Path::new(LAST_RUN), &report.json(), 0o600)
+    {
+        tracing::error!("the result is not kept for `hostagent status`: {e:#}");
+    }
+    report
+}
+
+/// Applies, and judges everything once more from fresh facts: nothing trusts an apply.
+async fn provision(cx: &Context, selected: &[&'static dyn Check]) -> Vec<Outcome> {
+    let deadline = cx.config.run.deadline_seconds.duration();
+    let applied = engine::provision(cx, selected, deadline).await;
+    if applied.iter().any(|o| !o.verdict.lets_through()) {
+        return applied;
+    }
+    info!("every control is met; judging all of them once more");
+    let mut last = engine::verify(cx, selected).await;
+    for (last, applied) in last.iter_mut().zip(applied) {
+        last.steps = applied.steps;
+    }
+    last
+}
+
+/// Why nothing can be judged, on a machine that is no EC2 instance.
+async fn not_on_ec2(cx: &Context) -> Option<String> {
+    let Err(e) = cx.aws.identity().await else { return None };
+    // The metadata service can be silent for a while on EC2 too: then the firmware knows better.
+    if identity::firmware().is_ok_and(|f| f.is_ec2()) {
+        return None;
+    }
+    Some(format!("this machine is not known to be an EC2 instance: {e:#}"))
+}
+
+/// The selected controls, with what they require, in the registry's order.
+fn select(selection: &Selection) -> Result<Vec<&'static dyn Check>> {
+    let known = |id: &str| REGISTRY.iter().any(|c| c.about().id == id);
+    if let Some(id) = selection.only.iter().chain(&selection.skip).find(|id| !known(id)) {
+        bail!(Refused(
+            Exit::Usage,
+            format!("there is no control {id:?}; see `hostagent controls`")
+        ));
+    }
+    let mut wanted: Vec<&str> = if selection.only.is_empty() {
+        REGISTRY.iter().map(|c| c.about().id).collect()
+    } else {
+        selection.only.iter().map(String::as_str).collect()
+    };
+    // Prerequisites stand before what needs them: one pass from the back takes them all in.
+    for control in REGISTRY.iter().rev() {
+        if wanted.contains(&control.about().id) {
+            wanted.extend(control.about().requires);
+        }
+    }
+    let selected: Vec<&'static dyn Check> = REGISTRY
+        .iter()
+        .copied()
+        .filter(|c| wanted.contains(&c.about().id))
+        .filter(|c| !selection.skip.iter().any(|id| id == c.about().id))
+        .collect();
+    if selected.is_empty() {
+        bail!(Refused(Exit::Usage, "no control is left to look at".to_owned()));
+    }
+    Ok(selected)
+}
+
+/// One run at a time: `provision` excludes everything, looking excludes only `provision`.
+async fn lock(exclusive: bool) -> Result<Option<Flock<File>>> {
+    let path = Path::new(LOCK);
+    let file = if exclusive {
+        let dir = path.parent().unwrap_or(Path::new("/run"));
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(dir)
+            .with_context(|| format!("making {}", dir.display()))?;
+        OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)
+    } else {
+        match File::open(path) {
+            // No run has changed anything in this boot yet, and looking leaves nothing behind.
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            result => result,
+        }
+    };
+    let mut file = file.with_context(|| format!("opening {LOCK}"))?;
+    let until = Instant::now() + if exclusive { LOCK_PATIENCE } else { Duration::ZERO };
+    let kind =
+        if exclusive { FlockArg::LockExclusiveNonblock } else { FlockArg::LockSharedNonblock };
+    loop {
+        match Flock::lock(file, kind) {
+            Ok(lock) => return Ok(Some(lock)),
+            Err((unlocked, Errno::EWOULDBLOCK)) if Instant::now() < until => file = unlocked,
+            Err((_, Errno::EWOULDBLOCK)) => {
+                let text = format!(
+                    "another run of hostagent holds {LOCK}; see `systemctl status hostagent`"
+                );
+                bail!(Refused(Exit::Busy, text));
+            }
+            Err((_, e)) => return Err(e).with_context(|| format!("locking {LOCK}")),
+        }
+        sleep(Duration::from_millis(200)).await;
+    }
+}
+
+fn status(output: &Output) -> Result<Exit> {
+    let marker = readiness::marker()?;
+    let last: Option<serde_json::Value> = match files::read_optional(Path::new(LAST_RUN))? {
+        Some(text) => {
+            Some(serde_json::from_str(&text).with_context(|| format!("reading {LAST_RUN}"))?)
+        }
+        None => None,
+    };
+    let exit = match (&marker, &last) {
+        (Some(_), _) => Exit::Pass,
+        (None, Some(_)) => Exit::Fail,
+        (None, None) => Exit::Unknown,
+    };
+    if output.format == Format::Json {
+        let value = serde_json::json!({
+            "version": report::VERSION,
+            "ready": marker.is_some(),
+            "since": marker.map(|m| m.since),
+            "last_run": last,
+        });
+        say(&format!("{value:#}\n"))?;
+        return Ok(exit);
+    }
+    let mut out = match (&marker, &last) {
+        (Some(marker), _) => format!("ready since {:.0}\n", marker.since),
+        (None, Some(_)) => "not ready\n".to_owned(),
+        (None, None) => "not ready: hostagent has not run since this host booted\n".to_owned(),
+    };
+    if let Some(last) = last.filter(|_| marker.is_none()) {
+        let text = |value: &serde_json::Value| value.as_str().unwrap_or("unknown").to_owned();
+        out += &format!("last run {} ended {}\n", text(&last["command"]), text(&last["finished"]));
+        if let Some(trouble) = last["trouble"].as_str() {
+            out += &format!("  {trouble}\n");
+        }
+        for control in last["controls"].as_array().into_iter().flatten() {
+            let verdict = &control["verdict"];
+            if let "fail" | "unknown" = verdict["status"].as_str().unwrap_or("unknown") {
+                let sentence = verdict.get("observed").or(verdict.get("why")).unwrap_or(verdict);
+                out += &format!(
+                    "  {} {}: {}\n",
+                    text(&verdict["status"]),
+                    text(&control["id"]),
+                    text(sentence)
+                );
+            }
+        }
+    }
+    say(&out)?;
+    Ok(exit)
+}
+
+fn controls(output: &Output) -> Result<Exit> {
+    let abouts: Vec<_> = REGISTRY.iter().map(|c| c.about()).collect();
+    if output.format == Format::Json {
+        say(&(serde_json::to_string_pretty(&abouts).context("listing the controls")? + "\n"))?;
+        return Ok(Exit::Pass);
+    }
+    let width = abouts.iter().map(|a| a.id.len()).max().unwrap_or(0);
+    let lines: String = abouts.iter().map(|a| format!("{:<width$}  {}\n", a.id, a.title)).collect();
+    say(&lines)?;
+    Ok(Exit::Pass)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn selection(only: &[&str], skip: &[&str]) -> Selection {
+        let own = |ids: &[&str]| ids.iter().map(|s| (*s).to_owned()).collect();
+        Selection { only: own(only), skip: own(skip), output: Output { format: Format::Text } }
+    }
+
+    fn ids(only: &[&str], skip: &[&str]) -> Vec<&'static str> {
+        select(&selection(only, skip)).unwrap().iter().map(|c| c.about().id).collect()
+    }
+
+    #[test]
+    fn a_selection_brings_its_prerequisites() {
+        assert_eq!(ids(&[], &[]).len(), REGISTRY.len());
+        assert_eq!(ids(&["data-mount"], &[]), ["data-volume", "data-filesystem", "data-mount"]);
+        assert_eq!(ids(&["sshd-port"], &[]), ["sshd-port"]);
+        assert!(!ids(&[], &["sshd-port"]).contains(&"sshd-port"));
+    }
+
+    #[test]
+    fn nothing_and_nonsense_are_wrong_usage() {
+        for (only, skip) in [(&["sshd-port"][..], &["sshd-port"][..]), (&["x"], &[]), (&[], &["x"])]
+        {
+            let error = select(&selection(only, skip)).map(|_| ()).unwrap_err();
+            assert_eq!(error.downcast_ref::<Refused>().unwrap().0, Exit::Usage);
+        }
+    }
+}

@@ -1,0 +1,698 @@
+//! Configuration: typed values, their limits and defaults, and the reading of the files.
+//!
+//! `/etc/hostagent/hostagent.toml` comes first, then `conf.d/*.toml` beside it in the order of
+//! their names; a later file's keys replace an earlier one's. Everything is optional, and the
+//! defaults are the secure ones. A value that cannot be right is an error that names file, line,
+//! key and reason ([`ConfigError`]); no command does anything with a configuration that has one.
+//! What the values mean for a host is the business of the controls.
+
+use std::fmt;
+use std::fs;
+use std::io::Read as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Where the configuration is read from unless `--config` names another file.
+pub const DEFAULT_PATH: &str = "/etc/hostagent/hostagent.toml";
+
+/// The effective configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct Config {
+    /// What is demanded of the instance.
+    pub instance: Instance,
+    /// The encrypted data volume.
+    pub volume: Volume,
+    /// The SSH daemon.
+    pub sshd: Sshd,
+    /// Who is told whether the host became ready.
+    pub signal: Signal,
+    /// Limits of one run.
+    pub run: Run,
+}
+
+/// `[instance]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Instance {
+    /// Tenancies that are accepted.
+    pub tenancy: Vec<Tenancy>,
+}
+
+impl Default for Instance {
+    fn default() -> Self {
+        Self { tenancy: vec![Tenancy::Dedicated, Tenancy::Host] }
+    }
+}
+
+/// A tenancy that gives the hardware to one account, as `DescribeInstances` spells it
+/// (`Placement.Tenancy`). EC2's third value, `default`, is shared hardware and cannot be accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tenancy {
+    /// A Dedicated Instance.
+    Dedicated,
+    /// An instance on a Dedicated Host.
+    Host,
+}
+
+impl Tenancy {
+    /// EC2's spelling.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Dedicated => "dedicated",
+            Self::Host => "host",
+        }
+    }
+}
+
+/// `[volume]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Volume {
+    /// The name under which EC2 has the volume attached, such as `/dev/sdf`. Never a kernel name.
+    pub device: DeviceName,
+    /// Where it is mounted.
+    pub mount_point: MountPoint,
+    /// The filesystem it carries.
+    pub filesystem: Filesystem,
+    /// ARNs of the KMS keys that are accepted; empty accepts every key.
+    pub kms_keys: Vec<String>,
+    /// How long `provision` waits for the attachment, in seconds.
+    pub wait_seconds: Seconds,
+}
+
+impl Default for Volume {
+    fn default() -> Self {
+        Self {
+            device: DeviceName("/dev/sdf".into()),
+            mount_point: MountPoint("/data".into()),
+            filesystem: Filesystem::Ext4,
+            kms_keys: Vec::new(),
+            wait_seconds: Seconds(600),
+        }
+    }
+}
+
+/// A filesystem that hostagent makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Filesystem {
+    /// ext4
+    Ext4,
+}
+
+impl Filesystem {
+    /// The name that `mount(8)` and `blkid(8)` use.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ext4 => "ext4",
+        }
+    }
+}
+
+/// `[sshd]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Sshd {
+    /// The one port on which sshd answers.
+    pub port: Port,
+}
+
+impl Default for Sshd {
+    fn default() -> Self {
+        Self { port: Port(2222) }
+    }
+}
+
+/// `[signal]`: what is unset is taken from the instance's tags.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct Signal {
+    /// CloudFormation stack, by name or ARN.
+    pub stack: Option<String>,
+    /// Logical id of the resource in that stack that waits for the signal.
+    pub resource: Option<String>,
+    /// Auto Scaling group.
+    pub group: Option<String>,
+    /// Launch lifecycle hook of that group.
+    pub hook: Option<String>,
+}
+
+/// `[run]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Run {
+    /// The longest that one `provision` may take, in seconds; then the host is not ready.
+    pub deadline_seconds: Seconds,
+}
+
+impl Default for Run {
+    fn default() -> Self {
+        Self { deadline_seconds: Seconds(1800) }
+    }
+}
+
+macro_rules! checked_string {
+    ($(#[$doc:meta])* $name:ident, $check:path) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+        #[serde(try_from = "String")]
+        pub struct $name(String);
+
+        impl $name {
+            /// The value as text.
+            #[must_use]
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = String;
+            fn try_from(value: String) -> Result<Self, String> {
+                $check(&value)?;
+                Ok(Self(value))
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    };
+}
+
+checked_string!(
+    /// A device name as EC2's block device mapping has it (EC2 User Guide, device naming).
+    DeviceName,
+    check_device_name
+);
+checked_string!(
+    /// An absolute, normalised path that can be a mount point without hiding the system.
+    MountPoint,
+    check_mount_point
+);
+checked_string!(
+    /// A name that AWS gives to stacks, groups, hooks and resources.
+    Name,
+    check_name
+);
+
+impl MountPoint {
+    /// The value as a path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        Path::new(&self.0)
+    }
+}
+
+impl DeviceName {
+    /// Whether `other` is this device: EC2 reports a name with or without `/dev/`.
+    #[must_use]
+    pub fn is(&self, other: &str) -> bool {
+        let bare = |s: &str| s.strip_prefix("/dev/").unwrap_or(s).to_owned();
+        bare(&self.0) == bare(other)
+    }
+}
+
+/// A TCP port, never 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "i64")]
+pub struct Port(u16);
+
+impl Port {
+    /// The port's number.
+    #[must_use]
+    pub fn get(self) -> u16 {
+        self.0
+    }
+}
+
+impl TryFrom<i64> for Port {
+    type Error = String;
+    fn try_from(value: i64) -> Result<Self, String> {
+        match u16::try_from(value) {
+            Ok(port) if port > 0 => Ok(Self(port)),
+            _ => Err(format!("{value} is not a TCP port; use 1 to 65535")),
+        }
+    }
+}
+
+/// A duration in whole seconds, from one second to 12 hours (CloudFormation's longest wait).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "i64")]
+pub struct Seconds(u32);
+
+impl Seconds {
+    /// As a number of seconds.
+    #[must_use]
+    pub fn get(self) -> u32 {
+        self.0
+    }
+
+    /// As a duration.
+    #[must_use]
+    pub fn duration(self) -> std::time::Duration {
+        std::time::Duration::from_secs(self.0.into())
+    }
+}
+
+impl TryFrom<i64> for Seconds {
+    type Error = String;
+    fn try_from(value: i64) -> Result<Self, String> {
+        match u32::try_from(value) {
+            Ok(seconds) if (1..=43_200).contains(&seconds) => Ok(Self(seconds)),
+            _ => Err(format!("{value} is out of range; use 1 to 43200 seconds")),
+        }
+    }
+}
+
+fn check_device_name(value: &str) -> Result<(), String> {
+    let name = value
+        .strip_prefix("/dev/")
+        .ok_or("must be EC2's device name with /dev/ in front, such as \"/dev/sdf\"")?;
+    if name.starts_with("nvme") {
+        return Err("is a kernel name, which may be another disk after the next boot; use the \
+                    name in EC2's block device mapping, such as \"/dev/sdf\""
+            .into());
+    }
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    if name.len() < 2 || !name.chars().all(plain) {
+        return Err("must be EC2's device name, such as \"/dev/sdf\"".into());
+    }
+    Ok(())
+}
+
+/// Trees in which nothing may be mounted, and directories that may not be hidden by a mount.
+const FORBIDDEN_TREES: [&str; 17] = [
+    "/bin",
+    "/boot",
+    "/dev",
+    "/etc",
+    "/lib",
+    "/lib64",
+    "/proc",
+    "/root",
+    "/run",
+    "/sbin",
+    "/sys",
+    "/tmp",
+    "/usr",
+    "/var/lib/containerd",
+    "/var/lib/docker",
+    "/var/lib/hostagent",
+    "/var/run",
+];
+const FORBIDDEN_EXACT: [&str; 8] =
+    ["/", "/home", "/var", "/var/cache", "/var/lib", "/var/log", "/var/spool", "/var/tmp"];
+
+fn check_mount_point(value: &str) -> Result<(), String> {
+    if !value.starts_with('/') {
+        return Err("must be an absolute path, such as \"/data\"".into());
+    }
+    if FORBIDDEN_EXACT.contains(&value)
+        || FORBIDDEN_TREES.iter().any(|tree| Path::new(value).starts_with(tree))
+    {
+        return Err("belongs to the system and cannot be the data volume's mount point; use a \
+                    directory of its own, such as \"/data\""
+            .into());
+    }
+    if value[1..].split('/').any(|part| part.is_empty() || part == "." || part == "..") {
+        return Err(
+            "must be normalised: no empty part, no \".\" or \"..\", no slash at the end".into()
+        );
+    }
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/-_.".contains(c);
+    if !value.chars().all(plain) {
+        return Err("may hold only letters, digits, '/', '-', '_' and '.'".into());
+    }
+    Ok(())
+}
+
+fn check_name(value: &str) -> Result<(), String> {
+    if value.is_empty() || value.len() > 2048 || value.chars().any(char::is_control) {
+        return Err("must not be empty, and must hold no control characters".into());
+    }
+    Ok(())
+}
+
+/// One file's content: every key optional, an unknown key an error.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct File {
+    instance: FileInstance,
+    volume: FileVolume,
+    sshd: FileSshd,
+    signal: FileSignal,
+    run: FileRun,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct FileInstance {
+    tenancy: Option<Tenancies>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct FileVolume {
+    device: Option<DeviceName>,
+    mount_point: Option<MountPoint>,
+    filesystem: Option<Filesystem>,
+    kms_keys: Option<Vec<KeyArn>>,
+    wait_seconds: Option<Seconds>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct FileSshd {
+    port: Option<Port>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct FileSignal {
+    stack: Option<Name>,
+    resource: Option<Name>,
+    group: Option<Name>,
+    hook: Option<Name>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct FileRun {
+    deadline_seconds: Option<Seconds>,
+}
+
+checked_string!(
+    /// The ARN of a KMS key.
+    KeyArn,
+    check_key_arn
+);
+
+fn check_key_arn(value: &str) -> Result<(), String> {
+    // DescribeVolumes answers with the key's ARN, never with an alias: an alias would match nothing.
+    let mut parts = value.splitn(6, ':');
+    let shape = (parts.next(), parts.nth(1), parts.nth(2));
+    match shape {
+        (Some("arn"), Some("kms"), Some(resource)) if resource.starts_with("key/") => Ok(()),
+        _ => Err("must be the ARN of a key (not of an alias): \
+                  arn:aws:kms:REGION:ACCOUNT:key/ID"
+            .into()),
+    }
+}
+
+/// A list of accepted tenancies that is not empty: an empty one would accept nothing.
+#[derive(Debug, Deserialize)]
+#[serde(try_from = "Vec<Tenancy>")]
+struct Tenancies(Vec<Tenancy>);
+
+impl TryFrom<Vec<Tenancy>> for Tenancies {
+    type Error = String;
+    fn try_from(value: Vec<Tenancy>) -> Result<Self, String> {
+        if value.is_empty() {
+            return Err("must name at least one of \"dedicated\" and \"host\"".into());
+        }
+        Ok(Self(value))
+    }
+}
+
+fn set<T>(target: &mut T, value: Option<T>) {
+    if let Some(value) = value {
+        *target = value;
+    }
+}
+
+impl Config {
+    fn apply(&mut self, file: File) {
+        let File { instance, volume, sshd, signal, run } = file;
+        set(&mut self.instance.tenancy, instance.tenancy.map(|t| t.0));
+        set(&mut self.volume.device, volume.device);
+        set(&mut self.volume.mount_point, volume.mount_point);
+        set(&mut self.volume.filesystem, volume.filesystem);
+        set(
+            &mut self.volume.kms_keys,
+            volume.kms_keys.map(|keys| keys.into_iter().map(|key| key.0).collect()),
+        );
+        set(&mut self.volume.wait_seconds, volume.wait_seconds);
+        set(&mut self.sshd.port, sshd.port);
+        let text = |name: Option<Name>| name.map(|n| Some(n.0));
+        set(&mut self.signal.stack, text(signal.stack));
+        set(&mut self.signal.resource, text(signal.resource));
+        set(&mut self.signal.group, text(signal.group));
+        set(&mut self.signal.hook, text(signal.hook));
+        set(&mut self.run.deadline_seconds, run.deadline_seconds);
+    }
+
+    /// What no single value can get wrong, but two together can.
+    fn check_whole(&self, last: &Path) -> Result<(), ConfigError> {
+        let together = |key: &str, reason: &str| ConfigError {
+            file: last.to_path_buf(),
+            line: None,
+            key: Some(key.to_owned()),
+            reason: reason.to_owned(),
+        };
+        if self.volume.wait_seconds.get() >= self.run.deadline_seconds.get() {
+            return Err(together(
+                "volume.wait_seconds",
+                "is not shorter than run.deadline_seconds, so the run would end while it waits; \
+                 shorten the one or lengthen the other",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// What is wrong with the configuration, and where.
+#[derive(Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    file: PathBuf,
+    line: Option<usize>,
+    key: Option<String>,
+    reason: String,
+}
+
+impl ConfigError {
+    fn file(file: &Path, reason: impl Into<String>) -> Self {
+        Self { file: file.to_path_buf(), line: None, key: None, reason: reason.into() }
+    }
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.file.display())?;
+        if let Some(line) = self.line {
+            write!(f, ":{line}")?;
+        }
+        if let Some(key) = &self.key {
+            write!(f, ": {key}")?;
+        }
+        write!(f, ": {}", self.reason)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+/// The effective configuration and the files it was read from.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The result.
+    pub config: Config,
+    /// The files that were read, in order.
+    pub files: Vec<PathBuf>,
+}
+
+/// Reads `path` (or the default file, which may be absent) and `conf.d/*.toml` beside it.
+pub fn load(path: Option<&Path>) -> Result<Loaded, ConfigError> {
+    let main = path.unwrap_or(Path::new(DEFAULT_PATH));
+    let mut files = Vec::new();
+    // A dangling link is there, and unreadable: only true absence of the default file is allowed.
+    if path.is_some() || main.symlink_metadata().is_ok() {
+        files.push(main.to_path_buf());
+    }
+    files.extend(fragments(&main.with_file_name("conf.d"))?);
+
+    let mut config = Config::default();
+    for file in &files {
+        let text = read_trusted(file)?;
+        config.apply(parse(file, &text)?);
+    }
+    config.check_whole(files.last().map_or(main, PathBuf::as_path))?;
+    Ok(Loaded { config, files })
+}
+
+fn fragments(dir: &Path) -> Result<Vec<PathBuf>, ConfigError> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(ConfigError::file(dir, format!("cannot be listed: {e}"))),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path =
+            entry.map_err(|e| ConfigError::file(dir, format!("cannot be listed: {e}")))?.path();
+        if path.extension().is_some_and(|ext| ext == "toml") {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Reads a file that only root (or the caller) can have written: whoever can write the
+/// configuration of a root program is root.
+fn read_trusted(path: &Path) -> Result<String, ConfigError> {
+    let mut file = fs::File::open(path)
+        .map_err(|e| ConfigError::file(path, format!("cannot be read: {e}")))?;
+    let meta =
+        file.metadata().map_err(|e| ConfigError::file(path, format!("cannot be read: {e}")))?;
+    if !meta.is_file() {
+        return Err(ConfigError::file(path, "is not a regular file"));
+    }
+    let me = nix::unistd::geteuid().as_raw();
+    if meta.uid() != 0 && meta.uid() != me {
+        return Err(ConfigError::file(
+            path,
+            format!("belongs to user {}, not to root; run: chown root:root", meta.uid()),
+        ));
+    }
+    let mode = meta.permissions().mode() & 0o7777;
+    if mode & 0o022 != 0 {
+        return Err(ConfigError::file(
+            path,
+            format!("is writable by others than its owner (mode {mode:04o}); run: chmod go-w"),
+        ));
+    }
+    let mut text = String::new();
+    file.read_to_string(&mut text)
+        .map_err(|e| ConfigError::file(path, format!("cannot be read: {e}")))?;
+    Ok(text)
+}
+
+fn parse(path: &Path, text: &str) -> Result<File, ConfigError> {
+    toml::from_str(text).map_err(|e| {
+        let span = e.span();
+        ConfigError {
+            file: path.to_path_buf(),
+            line: span.as_ref().map(|span| {
+                text.as_bytes()[..span.start.min(text.len())]
+                    .iter()
+                    .filter(|b| **b == b'\n')
+                    .count()
+                    + 1
+            }),
+            key: span.and_then(|span| key_at(text, span.start)),
+            reason: e.message().replace('\n', "; "),
+        }
+    })
+}
+
+/// The dotted name of the key whose key or value covers the byte `at`.
+fn key_at(text: &str, at: usize) -> Option<String> {
+    use toml::de::{DeTable, DeValue};
+    fn find(table: &DeTable<'_>, at: usize, path: &str) -> Option<String> {
+        for (key, value) in table {
+            let name = if path.is_empty() {
+                key.get_ref().to_string()
+            } else {
+                format!("{path}.{}", key.get_ref())
+            };
+            if let DeValue::Table(inner) = value.get_ref()
+                && let Some(found) = find(inner, at, &name)
+            {
+                return Some(found);
+            }
+            let covers = |span: std::ops::Range<usize>| {
+                span.start <= at && at < span.end.max(span.start + 1)
+            };
+            if covers(key.span()) || covers(value.span()) {
+                return Some(name);
+            }
+        }
+        None
+    }
+    let (table, _) = DeTable::parse_recoverable(text);
+    find(table.get_ref(), at, "")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(text: &str) -> String {
+        parse(Path::new("/f.toml"), text).map(|_| ()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn every_error_names_file_line_key_and_reason() {
+        let table = [
+            ("[sshd]\nport = 0\n", "/f.toml:2: sshd.port: 0 is not a TCP port"),
+            ("[sshd]\nport = 70000\n", "/f.toml:2: sshd.port: 70000 is not a TCP port"),
+            ("[sshd]\nport = \"2222\"\n", "/f.toml:2: sshd.port: invalid type: string"),
+            ("[sshd]\n\nprot = 1\n", "/f.toml:3: sshd.prot: unknown field `prot`"),
+            ("colour = 1\n", "/f.toml:1: colour: unknown field `colour`"),
+            ("[volume]\nmount_point = \"data\"\n", "/f.toml:2: volume.mount_point: must be an abs"),
+            ("[volume]\nmount_point = \"/\"\n", "/f.toml:2: volume.mount_point: belongs to the"),
+            ("[volume]\nmount_point = \"/var/lib/docker/x\"\n", ":2: volume.mount_point: belongs"),
+            ("[volume]\nmount_point = \"/usr\"\n", "/f.toml:2: volume.mount_point: belongs to the"),
+            ("[volume]\nmount_point = \"/a/../b\"\n", "volume.mount_point: must be normalised"),
+            ("[volume]\nmount_point = \"/data/\"\n", "volume.mount_point: must be normalised"),
+            ("[volume]\nmount_point = \"/da ta\"\n", "volume.mount_point: may hold only"),
+            ("[volume]\nmount_point = \"/a\\nb\"\n", "volume.mount_point: may hold only"),
+            ("[volume]\ndevice = \"/dev/nvme1n1\"\n", "volume.device: is a kernel name"),
+            ("[volume]\ndevice = \"sdf\"\n", "volume.device: must be EC2's"),
+            ("[volume]\nfilesystem = \"ntfs\"\n", ":2: volume.filesystem: unknown variant `ntfs`"),
+            ("[volume]\nkms_keys = [\n \"alias/x\"]\n", ":2: volume.kms_keys: must be the ARN"),
+            ("[volume]\nwait_seconds = -1\n", ":2: volume.wait_seconds: -1 is out of range"),
+            ("[instance]\ntenancy = []\n", ":2: instance.tenancy: must name at least one"),
+            ("[instance]\ntenancy = [\"default\"]\n", ":2: instance.tenancy: unknown variant"),
+            ("[signal]\nstack = \"\"\n", ":2: signal.stack: must not be empty"),
+            ("[sshd]\nport = 22\nport = 23\n", "/f.toml:3: sshd.port: duplicate key"),
+            ("[sshd\n", "/f.toml:1"),
+        ];
+        for (text, expected) in table {
+            let got = error(text);
+            assert!(got.contains(expected), "{text:?}\n  expected {expected}\n  got      {got}");
+        }
+    }
+
+    #[test]
+    fn a_later_file_replaces_only_what_it_names() {
+        let mut config = Config::default();
+        config.apply(
+            parse(Path::new("a"), "[sshd]\nport = 22\n[volume]\ndevice=\"/dev/sdg\"").unwrap(),
+        );
+        config.apply(parse(Path::new("b"), "[sshd]\nport = 2200\n").unwrap());
+        assert_eq!(config.sshd.port.get(), 2200);
+        assert_eq!(config.volume.device.as_str(), "/dev/sdg");
+        assert_eq!(config.volume.mount_point.as_str(), "/data");
+    }
+
+    #[test]
+    fn the_shipped_file_is_the_defaults() {
+        let shipped = include_str!("../../config/hostagent.toml");
+        let mut config = Config::default();
+        config.apply(parse(Path::new("shipped"), shipped).unwrap());
+        assert_eq!(config, Config::default());
+        // Every commented line `#key = value` is a key that exists, at its default.
+        let uncommented: String = shipped
+            .lines()
+            .map(|line| match line.strip_prefix('#') {
+                Some(rest) if !rest.starts_with(' ') => format!("{rest}\n"),
+                _ => format!("{line}\n"),
+            })
+            .collect();
+        let mut config = Config::default();
+        config.apply(parse(Path::new("shipped"), &uncommented).unwrap());
+        let signal = std::mem::take(&mut config.signal);
+        assert_eq!(config, Config::default());
+        assert!(signal.stack.is_some() && signal.hook.is_some(), "signal keys are shown");
+    }
+
+    #[test]
+    fn ec2_reports_a_device_with_or_without_dev() {
+        let device = DeviceName::try_from("/dev/sdf".to_owned()).unwrap();
+        assert!(device.is("/dev/sdf") && device.is("sdf"));
+        assert!(!device.is("sdff") && !device.is("/dev/sd") && !device.is("xvdf"));
+    }
+}

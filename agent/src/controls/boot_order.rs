@@ -1,0 +1,264 @@
+//! `boot-order`: Docker and containerd start only behind their storage and the gate, by what systemd
+//! has loaded, and nothing of them runs that the gate would not let start.
+
+use serde::Serialize;
+
+use crate::config::Config;
+use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
+use crate::gate::{self, STORAGE};
+use crate::host::systemd::Unit;
+use crate::step::Step;
+
+/// See the module.
+pub struct BootOrder;
+
+/// What is observed.
+#[derive(Debug, Serialize)]
+pub struct Facts {
+    /// The units, as systemd has them loaded.
+    pub units: Vec<NamedUnit>,
+    /// What the gate says now: why Docker may run; unknown says why it may not.
+    pub gate: Fact<String>,
+}
+
+/// A unit and its name.
+#[derive(Debug, Serialize)]
+pub struct NamedUnit {
+    /// The name.
+    pub name: &'static str,
+    /// The unit.
+    pub unit: Fact<Unit>,
+}
+
+/// The order in which they are stopped: the socket first, because it would start Docker again.
+const GUARDED: [&str; 3] = ["docker.socket", "docker.service", "containerd.service"];
+const AGENT: &str = "hostagent.service";
+
+/// What hostagent's own unit must not wait for: user-data, which may be what started it.
+const NOT_AFTER: [&str; 3] = ["cloud-final.service", "cloud-init.target", "multi-user.target"];
+
+/// The command line of the gate in the drop-ins.
+const GATE: [&str; 2] = ["/usr/bin/hostagent", "gate"];
+
+impl Control for BootOrder {
+    type Facts = Facts;
+
+    const ABOUT: About = About {
+        id: "boot-order",
+        title: "Docker starts only behind its storage",
+        why: "Started before the volume is mounted, Docker would write patient data to the root \
+              disk. Read from what systemd has loaded: unit files on disk may not be in force.",
+        requires: &[],
+        acts_after: &[],
+    };
+
+    async fn observe(&self, cx: &Context) -> Facts {
+        let systemd = cx.host.systemd().await;
+        let mut units = Vec::new();
+        for name in GUARDED.into_iter().chain([AGENT]) {
+            let unit = match &systemd {
+                Ok(systemd) => systemd.unit(name).await,
+                Err(e) => Err(anyhow::anyhow!("{e:#}")),
+            };
+            units.push(NamedUnit { name, unit: Fact::new("systemd (D-Bus)", unit) });
+        }
+        let gate = gate::check(cx.config.volume.mount_point.path());
+        Facts { units, gate: Fact::new("hostagent gate", gate) }
+    }
+
+    fn judge(&self, _: &Config, facts: &Facts) -> Result<Verdict, Unknown> {
+        let mut guarded = Vec::new();
+        for NamedUnit { name, unit } in &facts.units {
+            let unit = unit.known()?;
+            if *name == AGENT {
+                if let Some(wrong) = agent_is_wrong(unit) {
+                    return Ok(Verdict::fail(
+                        "hostagent.service enabled, and not ordered after user-data",
+                        wrong,
+                        "install the package, and run `systemctl enable hostagent.service`",
+                    ));
+                }
+                continue;
+            }
+            if name.ends_with(".service") && startable(unit) {
+                if let Some(wrong) = unguarded(unit) {
+                    return Ok(Verdict::fail(
+                        format!(
+                            "{name} starts only after its storage is mounted and `hostagent gate` agrees"
+                        ),
+                        format!("{name} {wrong}"),
+                        format!(
+                            "see `systemctl cat {name}` for what overrides \
+                             /usr/lib/systemd/system/{name}.d/10-hostagent.conf"
+                        ),
+                    ));
+                }
+                guarded.push(*name);
+            }
+            if let (true, Err(Unknown(why))) = (unit.is_up(), facts.gate.known()) {
+                return Ok(Verdict::fail(
+                    "nothing of Docker's runs that the gate would not let start",
+                    format!("{name} is {}, and the gate says: {why}", unit.active_state),
+                    "run `hostagent provision`, which stops it",
+                ));
+            }
+        }
+        if guarded.is_empty() {
+            let why = "neither docker.service nor containerd.service can start on this host; the \
+                       drop-ins of the package wait for them";
+            return Ok(Verdict::NotApplicable { why: why.into() });
+        }
+        Ok(Verdict::pass(format!("{} start behind the mounts and the gate", guarded.join(" and "))))
+    }
+
+    fn plan(&self, _: &Config, facts: &Facts) -> Result<Plan, Unknown> {
+        let mut steps = Vec::new();
+        for NamedUnit { unit, .. } in &facts.units {
+            if unit.known()?.need_daemon_reload && steps.is_empty() {
+                steps.push(Step::ReloadManager);
+            }
+        }
+        if facts.gate.known().is_err() {
+            for NamedUnit { name, unit } in facts.units.iter().filter(|u| u.name != AGENT) {
+                if unit.known()?.is_up() {
+                    steps.push(Step::StopUnit { unit: (*name).to_owned() });
+                }
+            }
+        }
+        Ok(Plan::steps(steps))
+    }
+}
+
+/// Whether systemd could start the unit at all.
+fn startable(unit: &Unit) -> bool {
+    !matches!(unit.load_state.as_str(), "not-found" | "masked")
+}
+
+/// Why the unit could start on the wrong disk, if it could.
+fn unguarded(unit: &Unit) -> Option<String> {
+    if unit.load_state != "loaded" {
+        return Some(format!("has the load state {}", unit.load_state));
+    }
+    if unit.need_daemon_reload {
+        return Some("was changed on disk since systemd loaded it".into());
+    }
+    for (path, _) in STORAGE {
+        if !unit.requires_mounts_for.iter().any(|p| p == path) {
+            return Some(format!("does not require the mount of {path}"));
+        }
+    }
+    let gate = unit.exec_start_pre.iter().find(|command| command.argv == GATE);
+    match gate {
+        None => Some(format!("does not run `{}` before it starts", GATE.join(" "))),
+        Some(command) if command.ignore_failure => Some("ignores what the gate says".into()),
+        Some(_) => None,
+    }
+}
+
+fn agent_is_wrong(unit: &Unit) -> Option<String> {
+    if !unit.exists() {
+        return Some("hostagent.service is not installed".into());
+    }
+    if unit.unit_file_state != "enabled" {
+        return Some(format!("hostagent.service is {}", unit.unit_file_state));
+    }
+    NOT_AFTER
+        .iter()
+        .find(|name| unit.after.iter().any(|after| after == **name))
+        .map(|name| format!("hostagent.service is ordered after {name}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::systemd::ExecCommand;
+    use anyhow::anyhow;
+
+    fn service(active: &str) -> Unit {
+        Unit {
+            load_state: "loaded".into(),
+            active_state: active.into(),
+            unit_file_state: "enabled".into(),
+            requires_mounts_for: STORAGE.map(|(path, _)| path.to_owned()).to_vec(),
+            exec_start_pre: vec![ExecCommand {
+                argv: GATE.map(str::to_owned).to_vec(),
+                ignore_failure: false,
+            }],
+            ..Unit::default()
+        }
+    }
+
+    fn facts(active: &str, gate: anyhow::Result<String>) -> Facts {
+        let unit = |name| NamedUnit { name, unit: Fact::new("t", Ok(service(active))) };
+        Facts {
+            units: GUARDED.into_iter().chain([AGENT]).map(unit).collect(),
+            gate: Fact::new("t", gate),
+        }
+    }
+
+    fn open() -> anyhow::Result<String> {
+        Ok("Docker's storage is on vol-1".into())
+    }
+
+    fn closed() -> anyhow::Result<String> {
+        Err(anyhow!("nothing is mounted on /data"))
+    }
+
+    fn word(facts: &Facts) -> &'static str {
+        BootOrder.judge(&Config::default(), facts).map_or("unknown", |v| v.word())
+    }
+
+    fn change(facts: &mut Facts, index: usize, change: impl FnOnce(&mut Unit)) {
+        let mut unit = facts.units[index].unit.known().unwrap().clone();
+        change(&mut unit);
+        facts.units[index].unit = Fact::new("t", Ok(unit));
+    }
+
+    #[test]
+    fn docker_may_run_only_while_the_gate_is_open() {
+        assert_eq!(word(&facts("active", open())), "pass");
+        assert_eq!(word(&facts("inactive", closed())), "pass");
+        assert_eq!(word(&facts("active", closed())), "fail");
+        assert_eq!(word(&facts("activating", closed())), "fail");
+    }
+
+    #[test]
+    fn what_runs_against_the_gate_is_stopped_socket_first() {
+        let plan = BootOrder.plan(&Config::default(), &facts("active", closed())).unwrap();
+        let stop = |unit: &str| Step::StopUnit { unit: unit.into() };
+        assert_eq!(plan, Plan::Steps(GUARDED.map(stop).to_vec()));
+        let plan = BootOrder.plan(&Config::default(), &facts("active", open())).unwrap();
+        assert_eq!(plan, Plan::Nothing);
+    }
+
+    #[test]
+    fn every_hole_in_the_order_fails() {
+        let holes: [(usize, fn(&mut Unit)); 9] = [
+            (1, |u| u.exec_start_pre.clear()),
+            (1, |u| u.exec_start_pre[0].ignore_failure = true),
+            (1, |u| u.exec_start_pre[0].argv = vec!["/bin/true".into()]),
+            (2, |u| u.requires_mounts_for.retain(|p| p != "/var/lib/containerd")),
+            (2, |u| u.need_daemon_reload = true),
+            (2, |u| u.load_state = "bad-setting".into()),
+            (3, |u| u.unit_file_state = "disabled".into()),
+            (3, |u| u.load_state = "not-found".into()),
+            (3, |u| u.after.push("cloud-final.service".into())),
+        ];
+        for (i, (unit, hole)) in holes.into_iter().enumerate() {
+            let mut facts = facts("inactive", closed());
+            change(&mut facts, unit, hole);
+            assert_eq!(word(&facts), "fail", "case {i}");
+        }
+    }
+
+    #[test]
+    fn a_host_without_docker_is_not_concerned() {
+        let mut facts = facts("inactive", closed());
+        for i in 0..3 {
+            change(&mut facts, i, |u| u.load_state = "not-found".into());
+        }
+        assert_eq!(word(&facts), "not-applicable");
+        facts.units[1].unit = Fact::new("t", Err(anyhow!("no D-Bus")));
+        assert_eq!(word(&facts), "unknown");
+    }
+}

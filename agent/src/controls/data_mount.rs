@@ -1,0 +1,394 @@
+//! `data-mount`: the data volume is mounted at its mount point, by systemd, with safe options, and
+//! will be again at the next boot.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use serde::Serialize;
+
+use super::{data_volume, unit_path};
+use crate::config::Config;
+use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
+use crate::host::block::{self, Disk};
+use crate::host::files::{self, Place};
+use crate::host::mounts::{self, Mount, unit_name};
+use crate::host::systemd::Unit;
+use crate::step::Step;
+
+/// See the module.
+pub struct DataMount;
+
+/// Options that the mount must have.
+const OPTIONS: [&str; 3] = ["nodev", "nosuid", "noatime"];
+
+/// What is observed.
+#[derive(Debug, Serialize)]
+pub struct Facts {
+    /// The data volume's disk.
+    pub disk: Fact<Disk>,
+    /// The stable device file that udev made for it.
+    pub link: Fact<Option<PathBuf>>,
+    /// What is mounted on the mount point.
+    pub mounts: Fact<Vec<Mount>>,
+    /// What is at the mount point while nothing is mounted there.
+    pub place: Fact<Option<Place>>,
+    /// The content of the mount unit's file.
+    pub unit_file: Fact<Option<String>>,
+    /// The content of the device's time-out file.
+    pub timeout_file: Fact<Option<String>>,
+    /// The mount unit as systemd has it loaded.
+    pub unit: Fact<Unit>,
+}
+
+/// The files that hostagent writes for the mount, with their content.
+struct Files {
+    unit: (PathBuf, String),
+    timeout: (PathBuf, String),
+}
+
+impl Control for DataMount {
+    type Facts = Facts;
+
+    const ABOUT: About = About {
+        id: "data-mount",
+        title: "The data volume is mounted",
+        why: "Docker's storage hangs on this mount. It is a unit of systemd's, by the disk's serial \
+              number, so that Docker's start can depend on it at every boot.",
+        requires: &["data-filesystem"],
+        acts_after: &[],
+    };
+
+    async fn observe(&self, cx: &Context) -> Facts {
+        let mount_point = cx.config.volume.mount_point.path();
+        let disk = data_volume::fit_disk(cx).await;
+        let link = match &disk {
+            Ok(disk) => block::link_by_id(disk),
+            Err(e) => Err(anyhow::anyhow!("the disk is not known: {e:#}")),
+        };
+        let mounts = mounts::at(mount_point);
+        let place = match &mounts {
+            Ok(mounts) if mounts.is_empty() => files::place(mount_point).map(Some),
+            _ => Ok(None),
+        };
+        let unit_file = unit_path(&unit_name(mount_point, "mount"));
+        let timeout_file = match &link {
+            Ok(Some(link)) => files::read_optional(&timeout_path(link)),
+            _ => Ok(None),
+        };
+        let unit = async { cx.host.systemd().await?.unit(&unit_name(mount_point, "mount")).await };
+        Facts {
+            disk: Fact::new("/sys/block", disk),
+            link: Fact::new("/dev/disk/by-id", link),
+            mounts: Fact::new("/proc/self/mountinfo", mounts),
+            place: Fact::new(mount_point.display().to_string(), place),
+            unit_file: Fact::new(unit_file.display().to_string(), files::read_optional(&unit_file)),
+            timeout_file: Fact::new("the device unit's drop-in", timeout_file),
+            unit: Fact::new("systemd (D-Bus)", unit.await),
+        }
+    }
+
+    fn judge(&self, config: &Config, facts: &Facts) -> Result<Verdict, Unknown> {
+        let mount_point = &config.volume.mount_point;
+        let disk = facts.disk.known()?;
+        let expected = format!(
+            "{} mounted on {mount_point} by {}",
+            what(disk),
+            unit_name(mount_point.path(), "mount")
+        );
+        let remedy = "run `hostagent provision`";
+        if let Some(wrong) = wrong_mount(config, disk, facts.mounts.known()?) {
+            return Ok(Verdict::fail(expected, wrong, remedy));
+        }
+        let Some(files) = expected_files(config, facts)? else {
+            return Err(Unknown(format!("udev has no link for {}", what(disk))));
+        };
+        let unit = facts.unit.known()?;
+        let in_force = facts.unit_file.known()?.as_ref() == Some(&files.unit.1)
+            && facts.timeout_file.known()?.as_ref() == Some(&files.timeout.1)
+            && Path::new(&unit.fragment_path) == files.unit.0
+            && !unit.need_daemon_reload;
+        if !in_force {
+            let observed =
+                format!("{} is not the unit that hostagent writes", files.unit.0.display());
+            return Ok(Verdict::fail(expected, observed, remedy));
+        }
+        if unit.active_state != "active" {
+            return Err(Unknown(format!("it is mounted, but systemd says {}", unit.active_state)));
+        }
+        Ok(Verdict::pass(format!("{} is mounted on {mount_point}", what(disk))))
+    }
+
+    fn plan(&self, config: &Config, facts: &Facts) -> Result<Plan, Unknown> {
+        let mount_point = &config.volume.mount_point;
+        let disk = facts.disk.known()?;
+        let mounts = facts.mounts.known()?;
+        if !mounts.is_empty()
+            && let Some(wrong) = wrong_mount(config, disk, mounts)
+        {
+            return Ok(Plan::refuse(format!("{wrong}; unmount it, and see what mounts it")));
+        }
+        let Some(files) = expected_files(config, facts)? else {
+            return Ok(Plan::refuse(format!("udev has no link for {}", what(disk))));
+        };
+        let mut steps = Vec::new();
+        match facts.place.known()? {
+            Some(Place::Empty { immutable: true }) | None => {}
+            Some(Place::Empty { immutable: false } | Place::Absent) => {
+                steps.push(Step::PrepareMountPoint { path: mount_point.path().to_path_buf() });
+            }
+            Some(Place::Occupied(entries)) => {
+                return Ok(Plan::refuse(format!(
+                    "{mount_point} holds {entries} entries on the root disk, which the mount would \
+                     hide; move them away"
+                )));
+            }
+            Some(Place::Symlink(target)) => {
+                return Ok(Plan::refuse(format!(
+                    "{mount_point} is a link to {target}; remove the link, or set volume.mount_point"
+                )));
+            }
+            Some(Place::NotADirectory) => {
+                return Ok(Plan::refuse(format!("{mount_point} is not a directory")));
+            }
+        }
+        let current = [facts.unit_file.known()?, facts.timeout_file.known()?];
+        let mut reload = facts.unit.known()?.need_daemon_reload;
+        for (current, (path, content)) in current.into_iter().zip([files.unit, files.timeout]) {
+            if current.as_ref() != Some(&content) {
+                steps.push(Step::WriteFile { path, content, mode: 0o644 });
+                reload = true;
+            }
+        }
+        if reload {
+            steps.push(Step::ReloadManager);
+        }
+        if mounts.is_empty() {
+            let Some(volume_id) = disk.volume_id() else {
+                return Err(Unknown("the disk has no volume id".into()));
+            };
+            let Some(link) = facts.link.known()?.clone() else {
+                return Err(Unknown("the disk has no link".into()));
+            };
+            let unit = unit_name(mount_point.path(), "mount");
+            steps.push(Step::MountVolume { unit, link, volume_id });
+        }
+        Ok(Plan::steps(steps))
+    }
+}
+
+fn what(disk: &Disk) -> String {
+    disk.volume_id().map_or_else(|| disk.name.clone(), |id| id.to_string())
+}
+
+/// What is wrong with what is mounted on the mount point, if anything is.
+fn wrong_mount(config: &Config, disk: &Disk, mounts: &[Mount]) -> Option<String> {
+    let place = &config.volume.mount_point;
+    let mount = match mounts {
+        [] => return Some(format!("nothing is mounted on {place}")),
+        [mount] => mount,
+        _ => return Some(format!("{} mounts are stacked on {place}", mounts.len())),
+    };
+    if mount.device != disk.number || mount.root != "/" {
+        return Some(format!(
+            "the device {} (directory {}) is mounted on {place}, not {} ({})",
+            mount.device,
+            mount.root,
+            what(disk),
+            disk.number
+        ));
+    }
+    if mount.fs_type != config.volume.filesystem.as_str() {
+        return Some(format!("{place} is mounted as {}", mount.fs_type));
+    }
+    let missing: Vec<&str> = OPTIONS
+        .into_iter()
+        .chain(["rw"])
+        .filter(|o| !mount.options.iter().any(|m| m == o))
+        .collect();
+    (!missing.is_empty()).then(|| format!("{place} is mounted without {}", missing.join(", ")))
+}
+
+/// None while udev has no link for the disk.
+fn expected_files(config: &Config, facts: &Facts) -> Result<Option<Files>, Unknown> {
+    let Some(link) = facts.link.known()? else { return Ok(None) };
+    let mount_point = config.volume.mount_point.path();
+    let unit = format!(
+        "# Written by hostagent (control data-mount). Changes are overwritten.\n\
+         [Unit]\n\
+         Description=Encrypted data volume {volume}\n\
+         Documentation=file:/usr/share/doc/hostagent/README.md\n\
+         # A check belongs before the mount, and only systemd-fsck knows when one is due.\n\
+         Wants=systemd-fsck@{fsck}\n\
+         After=systemd-fsck@{fsck}\n\
+         \n\
+         [Mount]\n\
+         # By serial number: no other disk gets this link, whatever the kernel calls it.\n\
+         What={link}\n\
+         Where={place}\n\
+         Type={fs}\n\
+         # nofail: not ordered before local-fs.target, so that a missing volume cannot stop the boot.\n\
+         Options={options},nofail\n",
+        volume = what(facts.disk.known()?),
+        fsck = unit_name(link, "service"),
+        link = link.display(),
+        place = mount_point.display(),
+        fs = config.volume.filesystem.as_str(),
+        options = OPTIONS.join(","),
+    );
+    // x-systemd.device-timeout is read from fstab only (systemd.mount(5)).
+    let timeout = "# Written by hostagent (control data-mount). Changes are overwritten.\n\
+                   [Unit]\n\
+                   # How long a boot waits for the volume before Docker is given up.\n\
+                   JobRunningTimeoutSec=30\n";
+    Ok(Some(Files {
+        unit: (unit_path(&unit_name(mount_point, "mount")), unit),
+        timeout: (timeout_path(link), timeout.to_owned()),
+    }))
+}
+
+fn timeout_path(link: &Path) -> PathBuf {
+    unit_path(&format!("{}.d", unit_name(link, "device"))).join("10-hostagent.conf")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::block::DevNum;
+    use anyhow::anyhow;
+
+    const DATA: DevNum = DevNum { major: 259, minor: 1 };
+
+    fn mount() -> Mount {
+        Mount {
+            device: DATA,
+            root: "/".into(),
+            mount_point: "/data".into(),
+            fs_type: "ext4".into(),
+            options: ["noatime", "nodev", "nosuid", "rw"].map(str::to_owned).to_vec(),
+        }
+    }
+
+    fn bare() -> Facts {
+        let disk = Disk {
+            name: "nvme1n1".into(),
+            number: DATA,
+            serial: Some("vol0123456789abcdef0".into()),
+            model: None,
+            size: 8 << 30,
+        };
+        let link = PathBuf::from("/dev/disk/by-id/nvme-X_vol0123456789abcdef0_1");
+        Facts {
+            disk: Fact::new("t", Ok(disk)),
+            link: Fact::new("t", Ok(Some(link))),
+            mounts: Fact::new("t", Ok(vec![])),
+            place: Fact::new("t", Ok(Some(Place::Absent))),
+            unit_file: Fact::new("t", Ok(None)),
+            timeout_file: Fact::new("t", Ok(None)),
+            unit: Fact::new("t", Ok(Unit { load_state: "not-found".into(), ..Unit::default() })),
+        }
+    }
+
+    fn mounted() -> Facts {
+        let config = Config::default();
+        let files = expected_files(&config, &bare()).unwrap().unwrap();
+        Facts {
+            mounts: Fact::new("t", Ok(vec![mount()])),
+            place: Fact::new("t", Ok(None)),
+            unit: Fact::new(
+                "t",
+                Ok(Unit {
+                    load_state: "loaded".into(),
+                    active_state: "active".into(),
+                    fragment_path: files.unit.0.display().to_string(),
+                    ..Unit::default()
+                }),
+            ),
+            unit_file: Fact::new("t", Ok(Some(files.unit.1))),
+            timeout_file: Fact::new("t", Ok(Some(files.timeout.1))),
+            ..bare()
+        }
+    }
+
+    fn judge(facts: &Facts) -> String {
+        match DataMount.judge(&Config::default(), facts) {
+            Ok(verdict) => format!("{}: {}", verdict.word(), verdict.sentence()),
+            Err(Unknown(why)) => format!("unknown: {why}"),
+        }
+    }
+
+    #[test]
+    fn the_volume_mounted_by_our_unit_passes_and_needs_nothing() {
+        assert!(judge(&mounted()).starts_with("pass"), "{}", judge(&mounted()));
+        assert_eq!(DataMount.plan(&Config::default(), &mounted()), Ok(Plan::Nothing));
+    }
+
+    #[test]
+    fn a_bare_host_gets_directory_files_and_mount_in_this_order() {
+        let Ok(Plan::Steps(steps)) = DataMount.plan(&Config::default(), &bare()) else { panic!() };
+        let texts: Vec<String> = steps.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            texts,
+            [
+                "make /data an empty, immutable directory",
+                "write /etc/systemd/system/data.mount",
+                "write /etc/systemd/system/dev-disk-by\\x2did-nvme\\x2dX_vol0123456789abcdef0_1.device.d/10-hostagent.conf",
+                "make systemd read its units again",
+                "mount vol-0123456789abcdef0 (data.mount)",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_wrong_mount_fails_and_is_not_touched() {
+        let cases: [fn(&mut Vec<Mount>); 6] = [
+            |m| m[0].device = DevNum { major: 254, minor: 1 },
+            |m| m[0].root = "/sub".into(),
+            |m| m[0].fs_type = "xfs".into(),
+            |m| m[0].options.retain(|o| o != "nosuid"),
+            |m| m[0].options.retain(|o| o != "rw"),
+            |m| m.push(mount()),
+        ];
+        for (i, change) in cases.into_iter().enumerate() {
+            let mut mounts = vec![mount()];
+            change(&mut mounts);
+            let facts = Facts { mounts: Fact::new("t", Ok(mounts)), ..mounted() };
+            assert!(judge(&facts).starts_with("fail"), "case {i}: {}", judge(&facts));
+            let plan = DataMount.plan(&Config::default(), &facts);
+            assert!(matches!(plan, Ok(Plan::Refuse { .. })), "case {i}: {plan:?}");
+        }
+    }
+
+    #[test]
+    fn what_would_be_hidden_is_refused() {
+        for place in [Place::Occupied(3), Place::Symlink("/x".into()), Place::NotADirectory] {
+            let facts = Facts { place: Fact::new("t", Ok(Some(place))), ..bare() };
+            let plan = DataMount.plan(&Config::default(), &facts);
+            assert!(matches!(plan, Ok(Plan::Refuse { .. })), "{plan:?}");
+        }
+    }
+
+    #[test]
+    fn a_mount_that_would_not_come_back_fails() {
+        let changed = Facts { unit_file: Fact::new("t", Ok(Some("else".into()))), ..mounted() };
+        assert!(judge(&changed).starts_with("fail"));
+        let manual = Facts { unit_file: Fact::new("t", Ok(None)), ..mounted() };
+        assert!(judge(&manual).starts_with("fail"));
+    }
+
+    #[test]
+    fn an_unknown_fact_never_passes() {
+        let all: [fn(&mut Facts); 5] = [
+            |f| f.disk = Fact::new("t", Err(anyhow!("x"))),
+            |f| f.link = Fact::new("t", Err(anyhow!("x"))),
+            |f| f.mounts = Fact::new("t", Err(anyhow!("x"))),
+            |f| f.unit_file = Fact::new("t", Err(anyhow!("x"))),
+            |f| f.unit = Fact::new("t", Err(anyhow!("x"))),
+        ];
+        for (i, hide) in all.into_iter().enumerate() {
+            let mut facts = mounted();
+            hide(&mut facts);
+            assert!(judge(&facts).starts_with("unknown"), "case {i}: {}", judge(&facts));
+            assert!(DataMount.plan(&Config::default(), &facts).is_err(), "case {i}");
+        }
+    }
+}

@@ -1,0 +1,528 @@
+//! `docker-storage`: what Docker and containerd keep is on the data volume.
+//!
+//! Proven by device numbers: of what is mounted on the two storage directories, and of the files
+//! that the running daemons hold open. Both directories, because since Docker 29 image layers and
+//! containers' writable layers are containerd's.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::{data_volume, unit_path};
+use crate::config::Config;
+use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
+use crate::gate::STORAGE;
+use crate::host::block::{DevNum, Disk};
+use crate::host::docker::{self, HeldFile, Storage};
+use crate::host::files;
+use crate::host::mounts::{self, Mount, unit_name};
+use crate::host::systemd::{Systemd, Unit};
+use crate::step::Step;
+
+/// See the module.
+pub struct DockerStorage;
+
+/// What is observed.
+#[derive(Debug, Serialize)]
+pub struct Facts {
+    /// The data volume's disk.
+    pub disk: Fact<Disk>,
+    /// The two storage directories.
+    pub directories: Vec<Directory>,
+    /// `containerd.service` and `docker.service`, in the order in which they start.
+    pub daemons: Vec<Daemon>,
+    /// `docker.socket`, which starts Docker by itself.
+    pub socket: Fact<Unit>,
+}
+
+/// One storage directory.
+#[derive(Debug, Serialize)]
+pub struct Directory {
+    /// The directory.
+    pub path: &'static str,
+    /// The directory on the data volume that belongs on it, by its name there.
+    pub source: &'static str,
+    /// What is mounted on it.
+    pub mounts: Fact<Vec<Mount>>,
+    /// What it holds while nothing is mounted on it.
+    pub beneath: Fact<Option<Storage>>,
+    /// The content of the mount unit's file.
+    pub unit_file: Fact<Option<String>>,
+    /// The mount unit as systemd has it loaded.
+    pub unit: Fact<Unit>,
+}
+
+/// One daemon.
+#[derive(Debug, Serialize)]
+pub struct Daemon {
+    /// Its unit's name.
+    pub name: &'static str,
+    /// Its unit as systemd has it loaded.
+    pub unit: Fact<Unit>,
+    /// The files it holds open for writing, if it runs.
+    pub held: Fact<Option<Vec<HeldFile>>>,
+}
+
+const DAEMONS: [&str; 2] = ["containerd.service", "docker.service"];
+const SOCKET: &str = "docker.socket";
+
+impl Control for DockerStorage {
+    type Facts = Facts;
+
+    const ABOUT: About = About {
+        id: "docker-storage",
+        title: "Docker's and containerd's storage is on the data volume",
+        why: "Images, layers, volumes and logs of containers hold patient data. They belong on the \
+              encrypted volume, whatever the daemons are configured to do.",
+        requires: &["boot-order", "data-mount"],
+        // Docker is started last: on a host on which all else is proven, or not at all.
+        acts_after: &["instance-tenancy", "sshd-port"],
+    };
+
+    async fn observe(&self, cx: &Context) -> Facts {
+        let systemd = cx.host.systemd().await;
+        let mut directories = Vec::new();
+        for (path, source) in STORAGE {
+            let mounts = mounts::at(Path::new(path));
+            let beneath = match &mounts {
+                Ok(mounts) if mounts.is_empty() => docker::storage(Path::new(path)).map(Some),
+                _ => Ok(None),
+            };
+            let name = unit_name(Path::new(path), "mount");
+            let file = unit_path(&name);
+            directories.push(Directory {
+                path,
+                source,
+                mounts: Fact::new("/proc/self/mountinfo", mounts),
+                beneath: Fact::new(path, beneath),
+                unit_file: Fact::new(file.display().to_string(), files::read_optional(&file)),
+                unit: loaded(systemd.as_ref(), &name).await,
+            });
+        }
+        let mut daemons = Vec::new();
+        for name in DAEMONS {
+            let unit = loaded(systemd.as_ref(), name).await;
+            let held = match unit.known() {
+                Ok(unit) if unit.main_pid != 0 => docker::held_files(unit.main_pid).map(Some),
+                Ok(_) => Ok(None),
+                Err(Unknown(why)) => Err(anyhow::anyhow!(why)),
+            };
+            daemons.push(Daemon { name, unit, held: Fact::new("/proc/PID/fd", held) });
+        }
+        Facts {
+            disk: Fact::new("/sys/block", data_volume::fit_disk(cx).await),
+            directories,
+            daemons,
+            socket: loaded(systemd.as_ref(), SOCKET).await,
+        }
+    }
+
+    fn judge(&self, config: &Config, facts: &Facts) -> Result<Verdict, Unknown> {
+        let disk = facts.disk.known()?;
+        let volume = disk.volume_id().map_or_else(|| disk.name.clone(), |id| id.to_string());
+        let remedy = "run `hostagent provision`";
+        let fail = |observed: String| {
+            Ok(Verdict::fail(
+                format!("Docker's and containerd's storage on {volume}"),
+                observed,
+                remedy,
+            ))
+        };
+        for directory in &facts.directories {
+            if let Some(wrong) = directory.wrong_mount(disk.number)? {
+                return fail(wrong);
+            }
+            if !directory.unit_in_force(config)? {
+                return fail(format!(
+                    "the mount of {} would not come back at the next boot",
+                    directory.path
+                ));
+            }
+        }
+        let mut running = Vec::new();
+        for daemon in &facts.daemons {
+            let unit = daemon.unit.known()?;
+            if let Some(wrong) = daemon.writes_elsewhere(disk.number)? {
+                return fail(wrong);
+            }
+            if unit.active_state == "active" {
+                running.push(daemon.name);
+            } else if daemon.is_wanted() {
+                return fail(format!("{} is {}", daemon.name, unit.active_state));
+            }
+        }
+        Ok(Verdict::pass(match running[..] {
+            [] => format!("storage is mounted from {volume}; no daemon runs"),
+            _ => format!(
+                "storage is mounted from {volume}, and {} write there",
+                running.join(" and ")
+            ),
+        }))
+    }
+
+    fn plan(&self, config: &Config, facts: &Facts) -> Result<Plan, Unknown> {
+        let disk = facts.disk.known()?;
+        let Some(volume_id) = disk.volume_id() else {
+            return Err(Unknown("the disk has no volume id".into()));
+        };
+        let (mut prepare, mut mount, mut reload) = (Vec::new(), Vec::new(), false);
+        for directory in &facts.directories {
+            if let Some(why) = directory.refusal(disk.number)? {
+                return Ok(Plan::refuse(why));
+            }
+            let mounted = directory.wrong_mount(disk.number)?.is_none();
+            if !mounted {
+                prepare.push(Step::MakeDirectory {
+                    path: directory.source_path(config),
+                    mode: 0o711,
+                    volume_id: volume_id.clone(),
+                });
+                mount.push(Step::StartUnit { unit: unit_name(Path::new(directory.path), "mount") });
+            }
+            reload |= directory.unit.known()?.need_daemon_reload;
+            let content = directory.unit_content(config);
+            if directory.unit_file.known()?.as_ref() != Some(&content) {
+                let path = unit_path(&unit_name(Path::new(directory.path), "mount"));
+                prepare.push(Step::WriteFile { path, content, mode: 0o644 });
+                reload = true;
+            }
+        }
+        if reload {
+            prepare.push(Step::ReloadManager);
+        }
+
+        // A daemon that writes elsewhere, or would see its directory replaced under it, is stopped;
+        // the socket first, because it would start Docker again.
+        let mut misplaced = !mount.is_empty();
+        for daemon in &facts.daemons {
+            misplaced |= daemon.writes_elsewhere(disk.number)?.is_some();
+        }
+        let mut steps = Vec::new();
+        if misplaced {
+            let units = [(SOCKET, facts.socket.known()?)].into_iter().chain(
+                facts
+                    .daemons
+                    .iter()
+                    .rev()
+                    .map(|d| Ok((d.name, d.unit.known()?)))
+                    .collect::<Result<Vec<_>, _>>()?,
+            );
+            steps.extend(
+                units
+                    .filter(|(_, u)| u.is_up())
+                    .map(|(name, _)| Step::StopUnit { unit: name.to_owned() }),
+            );
+        }
+        steps.extend(prepare);
+        steps.extend(mount);
+        for daemon in &facts.daemons {
+            let unit = daemon.unit.known()?;
+            let was_up = misplaced && unit.is_up();
+            if was_up || (daemon.is_wanted() && unit.active_state != "active") {
+                steps.push(Step::StartUnit { unit: daemon.name.to_owned() });
+            }
+        }
+        Ok(Plan::steps(steps))
+    }
+}
+
+async fn loaded(systemd: Result<&&Systemd, &anyhow::Error>, name: &str) -> Fact<Unit> {
+    let result = match systemd {
+        Ok(systemd) => systemd.unit(name).await,
+        Err(e) => Err(anyhow::anyhow!("{e:#}")),
+    };
+    Fact::new("systemd (D-Bus)", result)
+}
+
+impl Directory {
+    /// What is wrong with what is mounted on the directory, if anything is.
+    fn wrong_mount(&self, device: DevNum) -> Result<Option<String>, Unknown> {
+        let path = self.path;
+        Ok(match &self.mounts.known()?[..] {
+            [] => Some(format!("{path} is on the root disk")),
+            [mount] if mount.device != device => {
+                Some(format!("{path} is on the device {}, not on {device}", mount.device))
+            }
+            [mount] if mount.root != format!("/{}", self.source) => {
+                Some(format!("{path} shows the directory {} of the data volume", mount.root))
+            }
+            [_] => None,
+            more => Some(format!("{} mounts are stacked on {path}", more.len())),
+        })
+    }
+
+    /// Why hostagent leaves the directory alone, if it must.
+    fn refusal(&self, device: DevNum) -> Result<Option<String>, Unknown> {
+        let path = self.path;
+        if !self.mounts.known()?.is_empty() {
+            return Ok(self
+                .wrong_mount(device)?
+                .map(|wrong| format!("{wrong}; unmount it, and see what mounts it")));
+        }
+        Ok(match self.beneath.known()? {
+            None => return Err(Unknown(format!("what {path} holds is not known"))),
+            Some(Storage::Absent | Storage::Unused) => None,
+            Some(Storage::Used(what)) => Some(format!(
+                "{path} on the root disk holds data ({what}), which the mount would hide; move the \
+                 data away or begin with a new instance"
+            )),
+            Some(Storage::Symlink(target)) => {
+                Some(format!("{path} is a link to {target}; stop Docker and remove the link"))
+            }
+            Some(Storage::NotADirectory) => Some(format!("{path} is not a directory")),
+        })
+    }
+
+    fn source_path(&self, config: &Config) -> PathBuf {
+        config.volume.mount_point.path().join(self.source)
+    }
+
+    /// Whether the unit that systemd has loaded is the one that hostagent writes.
+    fn unit_in_force(&self, config: &Config) -> Result<bool, Unknown> {
+        let unit = self.unit.known()?;
+        Ok(self.unit_file.known()?.as_ref() == Some(&self.unit_content(config))
+            && Path::new(&unit.fragment_path)
+                == unit_path(&unit_name(Path::new(self.path), "mount"))
+            && !unit.need_daemon_reload)
+    }
+
+    fn unit_content(&self, config: &Config) -> String {
+        format!(
+            "# Written by hostagent (control docker-storage). Changes are overwritten.\n\
+             [Unit]\n\
+             Description={path} on the encrypted data volume\n\
+             Documentation=file:/usr/share/doc/hostagent/README.md\n\
+             # Without the volume this would show a directory of the root disk: never without it.\n\
+             RequiresMountsFor={place}\n\
+             \n\
+             [Mount]\n\
+             What={source}\n\
+             Where={path}\n\
+             Type=none\n\
+             # nofail: not ordered before local-fs.target, so that a missing volume cannot stop the boot.\n\
+             Options=bind,nofail\n",
+            path = self.path,
+            place = config.volume.mount_point,
+            source = self.source_path(config).display(),
+        )
+    }
+}
+
+impl Daemon {
+    /// Whether it is to run: enabled, so that it starts at boot.
+    fn is_wanted(&self) -> bool {
+        self.unit.known().is_ok_and(|unit| unit.unit_file_state.starts_with("enabled"))
+    }
+
+    /// A file that the running daemon writes off the data volume, if there is one.
+    fn writes_elsewhere(&self, device: DevNum) -> Result<Option<String>, Unknown> {
+        if !self.unit.known()?.is_up() {
+            return Ok(None);
+        }
+        let Some(held) = self.held.known()? else { return Ok(None) };
+        if let Some(file) = held.iter().find(|file| file.device != device) {
+            return Ok(Some(format!(
+                "{} writes {} on the device {}, not on {device}",
+                self.name, file.path, file.device
+            )));
+        }
+        if held.is_empty() && self.unit.known()?.active_state == "active" {
+            return Err(Unknown(format!(
+                "{} holds no file open, so where it writes is not known",
+                self.name
+            )));
+        }
+        Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::anyhow;
+
+    const DATA: DevNum = DevNum { major: 259, minor: 1 };
+    const ROOT: DevNum = DevNum { major: 254, minor: 0 };
+
+    fn unit(active: &str, enabled: &str) -> Unit {
+        Unit {
+            load_state: "loaded".into(),
+            active_state: active.into(),
+            unit_file_state: enabled.into(),
+            main_pid: u32::from(active == "active") * 7,
+            ..Unit::default()
+        }
+    }
+
+    fn held(name: &str, device: DevNum) -> HeldFile {
+        HeldFile { path: format!("/var/lib/{name}/meta.db"), device }
+    }
+
+    /// A fresh host on which Docker has started on the root disk.
+    fn fresh() -> Facts {
+        let directory = |(path, source)| Directory {
+            path,
+            source,
+            mounts: Fact::new("t", Ok(vec![])),
+            beneath: Fact::new("t", Ok(Some(Storage::Unused))),
+            unit_file: Fact::new("t", Ok(None)),
+            unit: Fact::new("t", Ok(Unit { load_state: "not-found".into(), ..Unit::default() })),
+        };
+        let daemon = |name: &'static str| Daemon {
+            name,
+            unit: Fact::new("t", Ok(unit("active", "enabled"))),
+            held: Fact::new("t", Ok(Some(vec![held(name, ROOT)]))),
+        };
+        Facts {
+            disk: Fact::new(
+                "t",
+                Ok(Disk {
+                    name: "nvme1n1".into(),
+                    number: DATA,
+                    serial: Some("vol0123456789abcdef0".into()),
+                    model: None,
+                    size: 8 << 30,
+                }),
+            ),
+            directories: STORAGE.map(directory).into(),
+            daemons: DAEMONS.map(daemon).into(),
+            socket: Fact::new("t", Ok(unit("active", "enabled"))),
+        }
+    }
+
+    fn ready() -> Facts {
+        let mut facts = fresh();
+        for directory in &mut facts.directories {
+            let path = unit_path(&unit_name(Path::new(directory.path), "mount"));
+            directory.mounts = Fact::new(
+                "t",
+                Ok(vec![Mount {
+                    device: DATA,
+                    root: format!("/{}", directory.source),
+                    mount_point: directory.path.into(),
+                    fs_type: "ext4".into(),
+                    options: vec![],
+                }]),
+            );
+            directory.beneath = Fact::new("t", Ok(None));
+            directory.unit_file =
+                Fact::new("t", Ok(Some(directory.unit_content(&Config::default()))));
+            directory.unit = Fact::new(
+                "t",
+                Ok(Unit { fragment_path: path.display().to_string(), ..unit("active", "static") }),
+            );
+        }
+        for daemon in &mut facts.daemons {
+            daemon.held = Fact::new("t", Ok(Some(vec![held(daemon.name, DATA)])));
+        }
+        facts
+    }
+
+    fn judge(facts: &Facts) -> String {
+        match DockerStorage.judge(&Config::default(), facts) {
+            Ok(verdict) => format!("{}: {}", verdict.word(), verdict.sentence()),
+            Err(Unknown(why)) => format!("unknown: {why}"),
+        }
+    }
+
+    fn plan(facts: &Facts) -> Vec<String> {
+        match DockerStorage.plan(&Config::default(), facts) {
+            Ok(Plan::Steps(steps)) => steps.iter().map(ToString::to_string).collect(),
+            Ok(Plan::Nothing) => vec![],
+            Ok(Plan::Refuse { why }) => vec![format!("refuse: {why}")],
+            Err(Unknown(why)) => vec![format!("unknown: {why}")],
+        }
+    }
+
+    #[test]
+    fn a_ready_host_passes_and_needs_nothing() {
+        assert!(judge(&ready()).starts_with("pass"), "{}", judge(&ready()));
+        assert_eq!(plan(&ready()), Vec::<String>::new());
+    }
+
+    #[test]
+    fn docker_stands_still_while_its_storage_moves() {
+        assert_eq!(
+            plan(&fresh()),
+            [
+                "stop docker.socket",
+                "stop docker.service",
+                "stop containerd.service",
+                "make the directory /data/docker (mode 0711)",
+                "write /etc/systemd/system/var-lib-docker.mount",
+                "make the directory /data/containerd (mode 0711)",
+                "write /etc/systemd/system/var-lib-containerd.mount",
+                "make systemd read its units again",
+                "start var-lib-docker.mount",
+                "start var-lib-containerd.mount",
+                "start containerd.service",
+                "start docker.service",
+            ]
+        );
+    }
+
+    #[test]
+    fn anything_off_the_volume_fails() {
+        type Break = fn(&mut Facts);
+        let cases: [(&str, Break); 8] = [
+            ("fail", |f| f.directories[0].mounts = Fact::new("t", Ok(vec![]))),
+            ("fail", |f| f.directories[1].mounts = Fact::new("t", Ok(vec![]))),
+            ("fail", |f| f.daemons[0].held = Fact::new("t", Ok(Some(vec![held("x", ROOT)])))),
+            ("fail", |f| {
+                f.daemons[1].held =
+                    Fact::new("t", Ok(Some(vec![held("x", DATA), held("y", ROOT)])));
+            }),
+            ("fail", |f| f.daemons[1].unit = Fact::new("t", Ok(unit("failed", "enabled")))),
+            ("fail", |f| f.directories[0].unit_file = Fact::new("t", Ok(None))),
+            ("unknown", |f| f.daemons[0].held = Fact::new("t", Ok(Some(vec![])))),
+            ("unknown", |f| f.daemons[1].held = Fact::new("t", Err(anyhow!("EACCES")))),
+        ];
+        for (i, (expected, break_it)) in cases.into_iter().enumerate() {
+            let mut facts = ready();
+            break_it(&mut facts);
+            assert!(judge(&facts).starts_with(expected), "case {i}: {}", judge(&facts));
+        }
+    }
+
+    #[test]
+    fn a_daemon_that_started_before_the_mount_is_restarted() {
+        let mut facts = ready();
+        facts.daemons[1].held = Fact::new("t", Ok(Some(vec![held("docker", ROOT)])));
+        let steps = plan(&facts);
+        assert_eq!(steps.first().map(String::as_str), Some("stop docker.socket"));
+        assert_eq!(steps.last().map(String::as_str), Some("start docker.service"));
+    }
+
+    #[test]
+    fn somebodys_data_is_never_hidden() {
+        for storage in [
+            Storage::Used("/var/lib/docker/volumes/v".into()),
+            Storage::Symlink("/data/docker".into()),
+            Storage::NotADirectory,
+        ] {
+            let mut facts = fresh();
+            facts.directories[0].beneath = Fact::new("t", Ok(Some(storage)));
+            assert!(plan(&facts)[0].starts_with("refuse"), "{:?}", plan(&facts));
+        }
+        let mut facts = fresh();
+        facts.directories[0].beneath = Fact::new("t", Err(anyhow!("EIO")));
+        assert!(plan(&facts)[0].starts_with("unknown"));
+    }
+
+    #[test]
+    fn docker_that_is_not_installed_needs_only_its_place() {
+        let mut facts = ready();
+        for daemon in &mut facts.daemons {
+            daemon.unit = Fact::new(
+                "t",
+                Ok(Unit {
+                    load_state: "not-found".into(),
+                    active_state: "inactive".into(),
+                    ..Unit::default()
+                }),
+            );
+            daemon.held = Fact::new("t", Ok(None));
+        }
+        assert!(judge(&facts).starts_with("pass"), "{}", judge(&facts));
+    }
+}

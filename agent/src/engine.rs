@@ -1,0 +1,304 @@
+//! Runs controls as a graph: what does not depend on each other runs side by side, what stands
+//! behind a control that is not met is blocked by it.
+//!
+//! [`verify`] and [`plan`] never change the host; [`provision`] applies what the controls plan,
+//! observing afresh after every round. Nothing here knows any control by name.
+
+use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use futures_util::stream::{FuturesUnordered, StreamExt as _};
+use serde::Serialize;
+use tokio::time::{Instant, timeout_at};
+use tracing::{error, info, warn};
+
+use crate::control::{About, Check, Context, Finding, Plan, Verdict};
+use crate::step::{self, Step};
+
+/// How long one control may take to observe. Above every time-out inside an observation.
+const OBSERVE_DEADLINE: Duration = Duration::from_secs(90);
+
+/// A control's plan that has not settled after this many rounds never will.
+const MAX_ROUNDS: usize = 6;
+
+/// What became of one control in one run.
+#[derive(Debug, Serialize)]
+pub struct Outcome {
+    /// The control.
+    #[serde(flatten)]
+    pub about: &'static About,
+    /// The last verdict.
+    pub verdict: Verdict,
+    /// The facts behind it.
+    pub facts: serde_json::Value,
+    /// The steps that were planned or, when provisioning, applied.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub steps: Vec<Applied>,
+    /// Why nothing was done about it although it is not met.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<String>,
+}
+
+/// A step and what became of it.
+#[derive(Debug, Serialize)]
+pub struct Applied {
+    /// The step.
+    pub step: Step,
+    /// The same in words.
+    pub text: String,
+    /// What became of it.
+    pub result: StepResult,
+}
+
+/// What became of a step.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StepResult {
+    /// It would be done.
+    Planned,
+    /// It was done.
+    Done,
+    /// It failed, and how.
+    Failed(String),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Verify,
+    Plan,
+    Provision,
+}
+
+/// Observes and judges `controls`. Changes nothing.
+pub async fn verify(cx: &Context, controls: &[&'static dyn Check]) -> Vec<Outcome> {
+    run(cx, controls, Mode::Verify, None).await
+}
+
+/// Observes, judges and plans `controls`. Changes nothing.
+pub async fn plan(cx: &Context, controls: &[&'static dyn Check]) -> Vec<Outcome> {
+    run(cx, controls, Mode::Plan, None).await
+}
+
+/// Brings `controls` to where they are met, as far as their plans go and until the deadline. What
+/// is not done by then is unknown.
+pub async fn provision(
+    cx: &Context,
+    controls: &[&'static dyn Check],
+    deadline: Duration,
+) -> Vec<Outcome> {
+    run(cx, controls, Mode::Provision, Some(deadline)).await
+}
+
+async fn run(
+    cx: &Context,
+    controls: &[&'static dyn Check],
+    mode: Mode,
+    deadline: Option<Duration>,
+) -> Vec<Outcome> {
+    let until = deadline.map(|d| Instant::now() + d);
+    let mut leftover = "was never reached".to_owned();
+    let selected: Vec<&str> = controls.iter().map(|c| c.about().id).collect();
+    let mut waiting: Vec<&'static dyn Check> = controls.to_vec();
+    let mut done: BTreeMap<&'static str, Outcome> = BTreeMap::new();
+    let mut running = FuturesUnordered::new();
+    loop {
+        // Blocked controls may release others that then are blocked too: until nothing changes.
+        loop {
+            let before = waiting.len();
+            waiting.retain(|control| {
+                let about = control.about();
+                let waits_for = match mode {
+                    Mode::Provision => about.acts_after,
+                    Mode::Verify | Mode::Plan => &[],
+                };
+                // What is not selected never comes, and so blocks.
+                let open = |id: &&str| selected.contains(id) && !done.contains_key(id);
+                if about.requires.iter().chain(waits_for).any(|id| open(id)) {
+                    return true;
+                }
+                let unmet = |ids: &'static [&'static str]| -> Vec<&'static str> {
+                    let is_unmet = |id: &&str| done.get(id).is_none_or(|o| !leads_on(o, mode));
+                    ids.iter().copied().filter(is_unmet).collect()
+                };
+                let blockers = unmet(about.requires);
+                if blockers.is_empty() {
+                    running.push(one(cx, *control, mode, unmet(waits_for)));
+                } else {
+                    let why = format!("blocked by {}", blockers.join(", "));
+                    let outcome = Outcome::without_facts(about, Verdict::Unknown { why });
+                    report_progress(&outcome, mode);
+                    done.insert(about.id, outcome);
+                }
+                false
+            });
+            if waiting.len() == before {
+                break;
+            }
+        }
+        let next = async {
+            match until {
+                Some(until) => timeout_at(until, running.next()).await,
+                None => Ok(running.next().await),
+            }
+        };
+        match next.await {
+            Ok(Some(outcome)) => {
+                report_progress(&outcome, mode);
+                done.insert(outcome.about.id, outcome);
+            }
+            Ok(None) => break,
+            Err(_) => {
+                let seconds = deadline.unwrap_or_default().as_secs();
+                leftover = format!("was not done when the run's deadline of {seconds} s passed");
+                break;
+            }
+        }
+    }
+    drop(running);
+    // Every control that was asked for has an outcome: one that was left over was never judged.
+    controls
+        .iter()
+        .map(|control| {
+            done.remove(control.about().id).unwrap_or_else(|| {
+                let why = leftover.clone();
+                Outcome::without_facts(control.about(), Verdict::Unknown { why })
+            })
+        })
+        .collect()
+}
+
+/// Whether what depends on this outcome can go on: it is met, or (in a plan) would have been.
+fn leads_on(outcome: &Outcome, mode: Mode) -> bool {
+    outcome.verdict.lets_through() || (mode == Mode::Plan && !outcome.steps.is_empty())
+}
+
+async fn one(
+    cx: &Context,
+    control: &'static dyn Check,
+    mode: Mode,
+    held_back: Vec<&'static str>,
+) -> Outcome {
+    let about = control.about();
+    let work = async {
+        match mode {
+            Mode::Verify => Outcome::from(about, check(cx, control).await),
+            Mode::Plan => {
+                let finding = check(cx, control).await;
+                let steps = match &finding.plan {
+                    Plan::Steps(steps) => steps.iter().map(Applied::planned).collect(),
+                    _ => Vec::new(),
+                };
+                Outcome { steps, ..Outcome::from(about, finding) }
+            }
+            Mode::Provision if held_back.is_empty() => converge(cx, control).await,
+            Mode::Provision => {
+                let mut outcome = Outcome::from(about, check(cx, control).await);
+                if !outcome.verdict.lets_through() {
+                    let why = format!("nothing is done before {} is met", held_back.join(", "));
+                    outcome.refusal.get_or_insert(why);
+                }
+                outcome
+            }
+        }
+    };
+    match AssertUnwindSafe(work).catch_unwind().await {
+        Ok(outcome) => outcome,
+        Err(panic) => {
+            let what = panic
+                .downcast_ref::<String>()
+                .map(String::as_str)
+                .or_else(|| panic.downcast_ref::<&str>().copied())
+                .unwrap_or("no message");
+            let why = format!("internal error, please report it: {what}");
+            Outcome::without_facts(about, Verdict::Unknown { why })
+        }
+    }
+}
+
+async fn check(cx: &Context, control: &'static dyn Check) -> Finding {
+    tokio::time::timeout(OBSERVE_DEADLINE, control.check(cx)).await.unwrap_or_else(|_| {
+        let why = format!("was not observed within {} s", OBSERVE_DEADLINE.as_secs());
+        Finding {
+            facts: serde_json::Value::Null,
+            plan: Plan::refuse(why.clone()),
+            verdict: Verdict::Unknown { why },
+        }
+    })
+}
+
+/// Observes and applies in turns until a control's plan is empty or cannot go on.
+async fn converge(cx: &Context, control: &'static dyn Check) -> Outcome {
+    let about = control.about();
+    let mut applied: Vec<Applied> = Vec::new();
+    let mut last: Vec<Step> = Vec::new();
+    for _ in 0..MAX_ROUNDS {
+        let finding = check(cx, control).await;
+        let failed = applied.iter().any(|a| matches!(a.result, StepResult::Failed(_)));
+        let settled = match &finding.plan {
+            Plan::Steps(steps) => failed || *steps == last,
+            Plan::Nothing | Plan::Refuse { .. } => true,
+        };
+        if settled {
+            return Outcome { steps: applied, ..Outcome::from(about, finding) };
+        }
+        let Plan::Steps(steps) = finding.plan else { continue };
+        for step in &steps {
+            info!(control = about.id, "{step}");
+            let result = match step::apply(step, cx).await {
+                Ok(()) => StepResult::Done,
+                Err(e) => {
+                    error!(control = about.id, "failed: {step}: {e:#}");
+                    StepResult::Failed(format!("{e:#}"))
+                }
+            };
+            let failed = matches!(result, StepResult::Failed(_));
+            applied.push(Applied { text: step.to_string(), step: step.clone(), result });
+            if failed {
+                break;
+            }
+        }
+        last = steps;
+    }
+    let why = format!("did not settle after {MAX_ROUNDS} rounds of steps");
+    Outcome { steps: applied, ..Outcome::without_facts(about, Verdict::Unknown { why }) }
+}
+
+fn report_progress(outcome: &Outcome, mode: Mode) {
+    if mode != Mode::Provision {
+        return;
+    }
+    let (control, verdict) = (outcome.about.id, outcome.verdict.word());
+    let sentence = outcome.verdict.sentence();
+    if outcome.verdict.lets_through() {
+        info!(control, verdict, "{verdict}: {sentence}");
+    } else {
+        warn!(control, verdict, "{verdict}: {sentence}");
+        if let Some(why) = &outcome.refusal {
+            warn!(control, verdict, "refused: {why}");
+        }
+    }
+}
+
+impl Applied {
+    fn planned(step: &Step) -> Self {
+        Self { text: step.to_string(), step: step.clone(), result: StepResult::Planned }
+    }
+}
+
+impl Outcome {
+    /// An outcome that rests on no observation.
+    #[must_use]
+    pub fn without_facts(about: &'static About, verdict: Verdict) -> Self {
+        Self { about, verdict, facts: serde_json::Value::Null, steps: Vec::new(), refusal: None }
+    }
+
+    fn from(about: &'static About, finding: Finding) -> Self {
+        let refusal = match finding.plan {
+            Plan::Refuse { why } if !finding.verdict.lets_through() => Some(why),
+            _ => None,
+        };
+        Self { about, verdict: finding.verdict, facts: finding.facts, steps: Vec::new(), refusal }
+    }
+}

@@ -1,0 +1,31 @@
+//! All I/O with the machine. Functions here say what is, or change one thing; what it means is
+//! decided in the controls, and which change is made is decided in a plan.
+
+pub mod block;
+pub mod command;
+pub mod docker;
+pub mod files;
+pub mod identity;
+pub mod mounts;
+pub mod sshd;
+pub mod systemd;
+pub mod uevents;
+
+use anyhow::Result;
+use tokio::sync::OnceCell;
+
+use systemd::Systemd;
+
+/// The machine that hostagent runs on. Holds what is expensive to open; everything else is read
+/// afresh each time.
+#[derive(Debug, Default)]
+pub struct Host {
+    systemd: OnceCell<Systemd>,
+}
+
+impl Host {
+    /// The connection to PID 1, opened at the first use.
+    pub async fn systemd(&self) -> Result<&Systemd> {
+        self.systemd.get_or_try_init(Systemd::connect).await
+    }
+}

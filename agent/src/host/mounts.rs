@@ -1,0 +1,105 @@
+//! What is mounted where, from `/proc/self/mountinfo` (proc(5)), and the names of mount units.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use procfs::process::MountInfo;
+use serde::{Deserialize, Serialize};
+
+use super::block::DevNum;
+
+/// One line of mountinfo, as far as it matters here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// The device number of the filesystem.
+    pub device: DevNum,
+    /// The directory of that filesystem that is mounted; `/` unless it is a bind mount.
+    pub root: String,
+    /// Where it is mounted.
+    pub mount_point: String,
+    /// The filesystem's type.
+    pub fs_type: String,
+    /// The options of this mount, sorted.
+    pub options: Vec<String>,
+}
+
+/// All mounts of this process's namespace, in the order in which they were made.
+pub fn all() -> Result<Vec<Mount>> {
+    let me = procfs::process::Process::myself().context("opening /proc/self")?;
+    let infos = me.mountinfo().context("reading /proc/self/mountinfo")?;
+    infos.0.into_iter().map(convert).collect()
+}
+
+/// The mounts on exactly this path; the last one is what is seen there.
+pub fn at(path: &Path) -> Result<Vec<Mount>> {
+    Ok(all()?.into_iter().filter(|m| Path::new(&m.mount_point) == path).collect())
+}
+
+fn convert(info: MountInfo) -> Result<Mount> {
+    let device = DevNum::parse(&info.majmin)
+        .with_context(|| format!("reading the device number {:?} in mountinfo", info.majmin))?;
+    let mut options: Vec<String> = info
+        .mount_options
+        .into_iter()
+        .map(|(key, value)| value.map_or(key.clone(), |value| format!("{key}={value}")))
+        .collect();
+    options.sort();
+    Ok(Mount {
+        device,
+        root: info.root,
+        mount_point: info.mount_point.to_string_lossy().into_owned(),
+        fs_type: info.fs_type,
+        options,
+    })
+}
+
+/// The name of the unit that stands for a path (systemd.unit(5), "string escaping"), with `suffix`
+/// such as `mount` or `device`.
+#[must_use]
+pub fn unit_name(path: &Path, suffix: &str) -> String {
+    use std::fmt::Write as _;
+    let text = path.to_string_lossy();
+    let trimmed = text.trim_matches('/');
+    if trimmed.is_empty() {
+        return format!("-.{suffix}");
+    }
+    let mut name = String::new();
+    for (i, byte) in trimmed.bytes().enumerate() {
+        match byte {
+            b'/' => name.push('-'),
+            b'.' if i == 0 => name.push_str("\\x2e"),
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b':' | b'_' | b'.' => name.push(byte.into()),
+            // Writing to a String cannot fail.
+            _ => _ = write!(name, "\\x{byte:02x}"),
+        }
+    }
+    format!("{name}.{suffix}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unit_names_are_what_systemd_escape_prints() {
+        // Printed by `systemd-escape --path --suffix=mount`.
+        let table = [
+            ("/data", "data.mount"),
+            ("/var/lib/docker", "var-lib-docker.mount"),
+            ("/srv/my-data", "srv-my\\x2ddata.mount"),
+            ("/", "-.mount"),
+            ("/.hidden/a.b", "\\x2ehidden-a.b.mount"),
+            ("/dev/disk/by-id/nvme-X_1", "dev-disk-by\\x2did-nvme\\x2dX_1.mount"),
+        ];
+        for (path, name) in table {
+            assert_eq!(unit_name(Path::new(path), "mount"), name);
+        }
+    }
+
+    #[test]
+    fn the_root_is_mounted() {
+        let root = at(Path::new("/")).unwrap();
+        assert!(!root.is_empty());
+        assert!(at(Path::new("/no/such/mount")).unwrap().is_empty());
+    }
+}

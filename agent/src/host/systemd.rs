@@ -1,0 +1,220 @@
+//! PID 1 over D-Bus (org.freedesktop.systemd1(5)): what it has loaded, and jobs whose result is
+//! awaited. Never the unit files: what is on disk is not what is in force.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use futures_util::StreamExt as _;
+use serde::{Deserialize, Serialize};
+use zbus::{OwnedObjectPath, OwnedVariant};
+
+/// How long a property or a short call may take.
+const CALL_DEADLINE: Duration = Duration::from_secs(15);
+
+#[zbus::proxy(
+    interface = "org.freedesktop.systemd1.Manager",
+    default_service = "org.freedesktop.systemd1",
+    default_path = "/org/freedesktop/systemd1"
+)]
+trait Manager {
+    fn subscribe(&self) -> zbus::Result<()>;
+    fn reload(&self) -> zbus::Result<()>;
+    fn load_unit(&self, name: &str) -> zbus::Result<OwnedObjectPath>;
+    fn start_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+    fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+    fn reload_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+    fn reset_failed_unit(&self, name: &str) -> zbus::Result<()>;
+
+    #[zbus(signal)]
+    fn job_removed(&self, id: u32, job: OwnedObjectPath, unit: String, result: String);
+}
+
+/// What PID 1 has loaded of one unit.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Unit {
+    /// `loaded`, `not-found`, `masked`, …
+    pub load_state: String,
+    /// `active`, `inactive`, `failed`, `activating`, …
+    pub active_state: String,
+    /// `enabled`, `disabled`, `static`, …; empty for a unit that is not installed.
+    pub unit_file_state: String,
+    /// Whether the files changed since they were loaded.
+    pub need_daemon_reload: bool,
+    /// The file the unit was loaded from.
+    pub fragment_path: String,
+    /// `After=`, implied ones included.
+    pub after: Vec<String>,
+    /// `Requires=`, implied ones included.
+    pub requires: Vec<String>,
+    /// `RequiresMountsFor=`
+    pub requires_mounts_for: Vec<String>,
+    /// The command lines of `ExecStartPre=`; a service's only.
+    pub exec_start_pre: Vec<ExecCommand>,
+    /// The main process; a service's only, 0 if none runs.
+    pub main_pid: u32,
+}
+
+/// One command line of a unit.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecCommand {
+    /// The words of the command line.
+    pub argv: Vec<String>,
+    /// Whether its failure is ignored (a `-` before it).
+    pub ignore_failure: bool,
+}
+
+impl Unit {
+    /// Whether there is such a unit.
+    #[must_use]
+    pub fn exists(&self) -> bool {
+        self.load_state != "not-found"
+    }
+
+    /// Whether it runs, or is on its way there or back.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        !matches!(self.active_state.as_str(), "inactive" | "failed")
+    }
+}
+
+/// A connection to PID 1.
+#[derive(Debug)]
+pub struct Systemd {
+    connection: zbus::Connection,
+    manager: ManagerProxy<'static>,
+}
+
+impl Systemd {
+    /// Connects over the system bus.
+    pub async fn connect() -> Result<Self> {
+        let connect = async {
+            let connection = zbus::Connection::system().await?;
+            let manager = ManagerProxy::new(&connection).await?;
+            // Without a subscription PID 1 does not send JobRemoved.
+            manager.subscribe().await?;
+            zbus::Result::Ok(Self { connection, manager })
+        };
+        within(connect).await.context("connecting to systemd over D-Bus")
+    }
+
+    /// What PID 1 has loaded of a unit; a unit that does not exist has the load state `not-found`.
+    pub async fn unit(&self, name: &str) -> Result<Unit> {
+        let read = async {
+            let path = self.manager.load_unit(name).await?;
+            let properties = zbus::fdo::PropertiesProxy::builder(&self.connection)
+                .destination("org.freedesktop.systemd1")
+                .path(path)
+                .build()
+                .await?;
+            let interface = |name: &'static str| zbus::names::InterfaceName::from_static_str(name);
+            let all =
+                properties.get_all(interface("org.freedesktop.systemd1.Unit")?.into()).await?;
+            let service = if name.ends_with(".service") {
+                properties.get_all(interface("org.freedesktop.systemd1.Service")?.into()).await?
+            } else {
+                std::collections::HashMap::default()
+            };
+            zbus::Result::Ok((all, service))
+        };
+        let (mut unit, mut service) =
+            within(read).await.with_context(|| format!("asking systemd about {name}"))?;
+        let doing = || format!("reading what systemd says of {name}");
+        let mut is = Unit {
+            load_state: take(&mut unit, "LoadState").with_context(doing)?,
+            active_state: take(&mut unit, "ActiveState").with_context(doing)?,
+            unit_file_state: take(&mut unit, "UnitFileState").with_context(doing)?,
+            need_daemon_reload: take(&mut unit, "NeedDaemonReload").with_context(doing)?,
+            fragment_path: take(&mut unit, "FragmentPath").with_context(doing)?,
+            after: take(&mut unit, "After").with_context(doing)?,
+            requires: take(&mut unit, "Requires").with_context(doing)?,
+            requires_mounts_for: take(&mut unit, "RequiresMountsFor").with_context(doing)?,
+            ..Unit::default()
+        };
+        if name.ends_with(".service") && is.exists() {
+            is.main_pid = take(&mut service, "MainPID").with_context(doing)?;
+            let commands: Vec<ExecTuple> =
+                take(&mut service, "ExecStartPre").with_context(doing)?;
+            is.exec_start_pre = commands
+                .into_iter()
+                .map(|c| ExecCommand { argv: c.1, ignore_failure: c.2 })
+                .collect();
+        }
+        Ok(is)
+    }
+
+    /// Makes PID 1 read all unit files again.
+    pub async fn reload_manager(&self) -> Result<()> {
+        within(self.manager.reload()).await.context("reloading systemd's units")
+    }
+
+    /// Starts a unit and waits for the job's end. A failure or a start limit from before is
+    /// forgotten first: what was refused then may be right now.
+    pub async fn start(&self, name: &str, deadline: Duration) -> Result<()> {
+        // Fails for a unit that is not loaded, which has nothing to forget.
+        drop(within(self.manager.reset_failed_unit(name)).await);
+        self.job("starting", name, self.manager.start_unit(name, "replace"), deadline).await
+    }
+
+    /// Stops a unit and waits for the job's end.
+    pub async fn stop(&self, name: &str, deadline: Duration) -> Result<()> {
+        self.job("stopping", name, self.manager.stop_unit(name, "replace"), deadline).await
+    }
+
+    /// Makes a service read its configuration again and waits for the job's end.
+    pub async fn reload(&self, name: &str, deadline: Duration) -> Result<()> {
+        self.job("reloading", name, self.manager.reload_unit(name, "replace"), deadline).await
+    }
+
+    async fn job(
+        &self,
+        doing: &str,
+        name: &str,
+        call: impl Future<Output = zbus::Result<OwnedObjectPath>>,
+        deadline: Duration,
+    ) -> Result<()> {
+        let work = async {
+            // Before the call: a job may be over before its path arrives.
+            let mut removed = self.manager.receive_job_removed().await?;
+            let job = call.await?;
+            while let Some(signal) = removed.next().await {
+                let args = signal.args()?;
+                if args.job == job {
+                    return Ok(args.result.clone());
+                }
+            }
+            Err(anyhow!("the connection to systemd ended"))
+        };
+        match tokio::time::timeout(deadline, work).await {
+            Ok(Ok(result)) if result == "done" => Ok(()),
+            Ok(Ok(result)) => {
+                bail!(
+                    "{doing} {name}: systemd's job ended with \"{result}\"; see `journalctl -b -u {name}`"
+                )
+            }
+            Ok(Err(e)) => Err(e).with_context(|| format!("{doing} {name}")),
+            Err(_) => bail!("{doing} {name}: not done after {} s", deadline.as_secs()),
+        }
+    }
+}
+
+/// `a(sasbttttuii)`: path, words, ignore failure, times of start and end twice, PID, code, status.
+type ExecTuple = (String, Vec<String>, bool, u64, u64, u64, u64, u32, i32, i32);
+
+fn take<T>(
+    properties: &mut std::collections::HashMap<String, OwnedVariant>,
+    name: &str,
+) -> Result<T>
+where
+    T: TryFrom<OwnedVariant>,
+    T::Error: Into<zbus::Error>,
+{
+    let value = properties.remove(name).with_context(|| format!("there is no property {name}"))?;
+    T::try_from(value).map_err(|e| anyhow!("the property {name}: {}", e.into()))
+}
+
+async fn within<T>(call: impl Future<Output = zbus::Result<T>>) -> Result<T> {
+    match tokio::time::timeout(CALL_DEADLINE, call).await {
+        Ok(result) => Ok(result?),
+        Err(_) => bail!("no answer within {} s", CALL_DEADLINE.as_secs()),
+    }
+}
