@@ -1,5 +1,6 @@
 //! What each command does, and the exit status it ends with.
 
+use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
@@ -330,16 +331,17 @@ fn status(output: &Output) -> Result<Exit> {
     };
     if let Some(last) = last.filter(|_| marker.is_none()) {
         let text = |value: &serde_json::Value| value.as_str().unwrap_or("unknown").to_owned();
-        out += &format!("last run {} ended {}\n", text(&last["command"]), text(&last["finished"]));
+        _ = writeln!(out, "last run {} ended {}", text(&last["command"]), text(&last["finished"]));
         if let Some(trouble) = last["trouble"].as_str() {
-            out += &format!("  {trouble}\n");
+            _ = writeln!(out, "  {trouble}");
         }
         for control in last["controls"].as_array().into_iter().flatten() {
             let verdict = &control["verdict"];
             if let "fail" | "unknown" = verdict["status"].as_str().unwrap_or("unknown") {
                 let sentence = verdict.get("observed").or(verdict.get("why")).unwrap_or(verdict);
-                out += &format!(
-                    "  {} {}: {}\n",
+                _ = writeln!(
+                    out,
+                    "  {} {}: {}",
                     text(&verdict["status"]),
                     text(&control["id"]),
                     text(sentence)
@@ -358,8 +360,11 @@ fn controls(output: &Output) -> Result<Exit> {
         return Ok(Exit::Pass);
     }
     let width = abouts.iter().map(|a| a.id.len()).max().unwrap_or(0);
-    let lines: String = abouts.iter().map(|a| format!("{:<width$}  {}\n", a.id, a.title)).collect();
-    say(&lines)?;
+    let mut out = String::new();
+    for about in abouts {
+        _ = writeln!(out, "{:<width$}  {}", about.id, about.title);
+    }
+    say(&out)?;
     Ok(Exit::Pass)
 }
 

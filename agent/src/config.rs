@@ -574,17 +574,22 @@ fn parse(path: &Path, text: &str) -> Result<File, ConfigError> {
         let span = e.span();
         ConfigError {
             file: path.to_path_buf(),
-            line: span.as_ref().map(|span| {
-                text.as_bytes()[..span.start.min(text.len())]
-                    .iter()
-                    .filter(|b| **b == b'\n')
-                    .count()
-                    + 1
+            line: span
+                .as_ref()
+                .map(|span| text.get(..span.start).unwrap_or(text).matches('\n').count() + 1),
+            key: span.and_then(|span| {
+                key_at(text, span.start).or_else(|| key_on_line(text, span.start))
             }),
-            key: span.and_then(|span| key_at(text, span.start)),
             reason: e.message().replace('\n', "; "),
         }
     })
+}
+
+/// What stands before the equals sign on the line of the byte `at`; for what does not parse at all.
+fn key_on_line(text: &str, at: usize) -> Option<String> {
+    let line = text.get(..at)?.rfind('\n').map_or(0, |newline| newline + 1);
+    let (key, _) = text[line..].lines().next()?.split_once('=')?;
+    Some(key.trim().to_owned()).filter(|key| !key.is_empty())
 }
 
 /// The dotted name of the key whose key or value covers the byte `at`.
@@ -647,7 +652,7 @@ mod tests {
             ("[instance]\ntenancy = []\n", ":2: instance.tenancy: must name at least one"),
             ("[instance]\ntenancy = [\"default\"]\n", ":2: instance.tenancy: unknown variant"),
             ("[signal]\nstack = \"\"\n", ":2: signal.stack: must not be empty"),
-            ("[sshd]\nport = 22\nport = 23\n", "/f.toml:3: sshd.port: duplicate key"),
+            ("[sshd]\nport = 22\nport = 23\n", "/f.toml:3: port: duplicate key"),
             ("[sshd\n", "/f.toml:1"),
         ];
         for (text, expected) in table {

@@ -115,7 +115,7 @@ async fn run(
                 };
                 // What is not selected never comes, and so blocks.
                 let open = |id: &&str| selected.contains(id) && !done.contains_key(id);
-                if about.requires.iter().chain(waits_for).any(|id| open(id)) {
+                if about.requires.iter().chain(waits_for).any(open) {
                     return true;
                 }
                 let unmet = |ids: &'static [&'static str]| -> Vec<&'static str> {

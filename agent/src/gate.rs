@@ -135,10 +135,11 @@ mod tests {
         }
     }
 
+    type Break = fn(&mut Facts);
+
     #[test]
     fn opens_only_when_everything_is_in_place() {
         judge(Path::new("/data"), &good()).unwrap();
-        type Break = fn(&mut Facts);
         let table: [(&str, Break); 13] = [
             ("has not confirmed", |f| f.confirmation = None),
             ("does not tell which instance", |f| f.firmware.instance_id = None),
@@ -149,7 +150,7 @@ mod tests {
             ("not mounted from a disk", |f| f.disk = None),
             ("changed while", |f| f.disk.as_mut().unwrap().number = ROOT),
             ("EC2 confirmed", |f| {
-                f.disk.as_mut().unwrap().serial = Some("vol0ffffffffffffffff".into())
+                f.disk.as_mut().unwrap().serial = Some("vol0ffffffffffffffff".into());
             }),
             ("no EBS volume", |f| f.disk.as_mut().unwrap().serial = None),
             ("nothing is mounted on /var/lib/docker", |f| f.storage[0].clear()),

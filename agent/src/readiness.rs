@@ -266,16 +266,12 @@ mod tests {
     use super::*;
     use crate::config::Signal as Configured;
 
-    fn some(text: &str) -> Option<String> {
-        Some(text.to_owned())
-    }
-
     fn tags(tag: &str) -> Option<String> {
         match tag {
-            STACK_TAG => some("tag-stack"),
-            RESOURCE_TAG => some("tag-resource"),
-            GROUP_TAG => some("tag-group"),
-            HOOK_TAG => some("tag-hook"),
+            STACK_TAG => Some("tag-stack".to_owned()),
+            RESOURCE_TAG => Some("tag-resource".to_owned()),
+            GROUP_TAG => Some("tag-group".to_owned()),
+            HOOK_TAG => Some("tag-hook".to_owned()),
             _ => None,
         }
     }
@@ -286,7 +282,11 @@ mod tests {
         let waiting = pick(&none, tags).unwrap();
         assert_eq!(waiting.stack, Some(("tag-stack".into(), "tag-resource".into())));
         assert_eq!(waiting.hook, Some(("tag-group".into(), "tag-hook".into())));
-        let set = Configured { stack: some("s"), hook: some("h"), ..Configured::default() };
+        let set = Configured {
+            stack: Some("s".to_owned()),
+            hook: Some("h".to_owned()),
+            ..Configured::default()
+        };
         let waiting = pick(&set, tags).unwrap();
         assert_eq!(waiting.stack, Some(("s".into(), "tag-resource".into())));
         assert_eq!(waiting.hook, Some(("tag-group".into(), "h".into())));
@@ -295,11 +295,11 @@ mod tests {
 
     #[test]
     fn half_an_address_is_an_error() {
-        let stack = Configured { stack: some("s"), ..Configured::default() };
+        let stack = Configured { stack: Some("s".to_owned()), ..Configured::default() };
         assert!(pick(&stack, |_| None).is_err());
-        let hook = Configured { hook: some("h"), ..Configured::default() };
+        let hook = Configured { hook: Some("h".to_owned()), ..Configured::default() };
         assert!(pick(&hook, |_| None).is_err());
-        let group = Configured { group: some("g"), ..Configured::default() };
+        let group = Configured { group: Some("g".to_owned()), ..Configured::default() };
         assert_eq!(pick(&group, |_| None).unwrap().hook, None);
     }
 }

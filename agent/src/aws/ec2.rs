@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, anyhow, bail};
 use aws_config::SdkConfig;
 use aws_sdk_ec2::Client;
-use aws_sdk_ec2::types::Filter;
+use aws_sdk_ec2::types::{Filter, Reservation};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
 use tracing::info;
@@ -57,8 +57,8 @@ pub(super) async fn describe_instance(
             .send();
         while let Some(page) = pages.next().await {
             let page = page.map_err(|e| describe(&e).context("EC2 DescribeInstances"))?;
-            let instances = page.reservations().iter().flat_map(|r| r.instances());
-            for instance in instances.filter(|i| i.instance_id() == Some(id)) {
+            let mut instances = page.reservations().iter().flat_map(Reservation::instances);
+            if let Some(instance) = instances.find(|i| i.instance_id() == Some(id)) {
                 return Ok(Instance {
                     tenancy: instance
                         .placement()

@@ -35,6 +35,13 @@ pub enum Patience {
     Long,
 }
 
+/// What EC2 said of the volumes, and the kernel's disks at that time.
+#[derive(Debug)]
+struct VolumesAnswer {
+    disks: Vec<Disk>,
+    fact: Fact<Vec<AttachedVolume>>,
+}
+
 /// AWS, as seen from this instance.
 #[derive(Debug)]
 pub struct Aws {
@@ -42,7 +49,7 @@ pub struct Aws {
     identity: OnceCell<Identity>,
     sdk: OnceCell<SdkConfig>,
     instance: OnceCell<Fact<Instance>>,
-    volumes: Mutex<Option<(Vec<Disk>, Fact<Vec<AttachedVolume>>)>>,
+    volumes: Mutex<Option<VolumesAnswer>>,
 }
 
 impl Aws {
@@ -70,7 +77,8 @@ impl Aws {
 
     /// What EC2 says of this instance. Its tenancy cannot change while it runs: asked once.
     pub async fn instance(&self) -> Fact<Instance> {
-        let ask = async {
+        // Boxed, as other calls of the SDK below: their futures are large.
+        let ask = Box::pin(async {
             let result = async {
                 let id = &self.identity().await?.instance_id;
                 ec2::describe_instance(self.sdk().await?, id, self.patience).await
@@ -78,7 +86,7 @@ impl Aws {
             let fact = Fact::new("EC2 DescribeInstances", result.await);
             // Only an answer is worth keeping.
             if fact.known().is_ok() { Ok(fact) } else { Err(fact) }
-        };
+        });
         match self.instance.get_or_try_init(|| ask).await {
             Ok(fact) => fact.clone(),
             Err(fact) => fact,
@@ -89,17 +97,20 @@ impl Aws {
     /// they are the same as at the last answer, that answer stands.
     pub async fn attached_volumes(&self, disks: &[Disk]) -> Fact<Vec<AttachedVolume>> {
         let mut kept = self.volumes.lock().await;
-        if let Some((then, fact)) = &*kept
-            && then == disks
+        if let Some(answer) = &*kept
+            && answer.disks == disks
         {
-            return fact.clone();
+            return answer.fact.clone();
         }
         let result = async {
             let id = &self.identity().await?.instance_id;
             ec2::attached_volumes(self.sdk().await?, id).await
         };
         let fact = Fact::new("EC2 DescribeVolumes", result.await);
-        *kept = fact.known().is_ok().then(|| (disks.to_vec(), fact.clone()));
+        *kept = fact
+            .known()
+            .is_ok()
+            .then(|| VolumesAnswer { disks: disks.to_vec(), fact: fact.clone() });
         fact
     }
 

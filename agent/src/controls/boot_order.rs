@@ -188,7 +188,8 @@ mod tests {
         }
     }
 
-    fn facts(active: &str, gate: anyhow::Result<String>) -> Facts {
+    fn facts(active: &str, gate: bool) -> Facts {
+        let gate = gate.then(String::new).ok_or(anyhow!("nothing is mounted on /data"));
         let unit = |name| NamedUnit { name, unit: Fact::new("t", Ok(service(active))) };
         Facts {
             units: GUARDED.into_iter().chain([AGENT]).map(unit).collect(),
@@ -196,13 +197,8 @@ mod tests {
         }
     }
 
-    fn open() -> anyhow::Result<String> {
-        Ok("Docker's storage is on vol-1".into())
-    }
-
-    fn closed() -> anyhow::Result<String> {
-        Err(anyhow!("nothing is mounted on /data"))
-    }
+    const OPEN: bool = true;
+    const CLOSED: bool = false;
 
     fn word(facts: &Facts) -> &'static str {
         BootOrder.judge(&Config::default(), facts).map_or("unknown", |v| v.word())
@@ -216,24 +212,26 @@ mod tests {
 
     #[test]
     fn docker_may_run_only_while_the_gate_is_open() {
-        assert_eq!(word(&facts("active", open())), "pass");
-        assert_eq!(word(&facts("inactive", closed())), "pass");
-        assert_eq!(word(&facts("active", closed())), "fail");
-        assert_eq!(word(&facts("activating", closed())), "fail");
+        assert_eq!(word(&facts("active", OPEN)), "pass");
+        assert_eq!(word(&facts("inactive", CLOSED)), "pass");
+        assert_eq!(word(&facts("active", CLOSED)), "fail");
+        assert_eq!(word(&facts("activating", CLOSED)), "fail");
     }
 
     #[test]
     fn what_runs_against_the_gate_is_stopped_socket_first() {
-        let plan = BootOrder.plan(&Config::default(), &facts("active", closed())).unwrap();
+        let plan = BootOrder.plan(&Config::default(), &facts("active", CLOSED)).unwrap();
         let stop = |unit: &str| Step::StopUnit { unit: unit.into() };
         assert_eq!(plan, Plan::Steps(GUARDED.map(stop).to_vec()));
-        let plan = BootOrder.plan(&Config::default(), &facts("active", open())).unwrap();
+        let plan = BootOrder.plan(&Config::default(), &facts("active", OPEN)).unwrap();
         assert_eq!(plan, Plan::Nothing);
     }
 
+    type Hole = fn(&mut Unit);
+
     #[test]
     fn every_hole_in_the_order_fails() {
-        let holes: [(usize, fn(&mut Unit)); 9] = [
+        let holes: [(usize, Hole); 9] = [
             (1, |u| u.exec_start_pre.clear()),
             (1, |u| u.exec_start_pre[0].ignore_failure = true),
             (1, |u| u.exec_start_pre[0].argv = vec!["/bin/true".into()]),
@@ -245,7 +243,7 @@ mod tests {
             (3, |u| u.after.push("cloud-final.service".into())),
         ];
         for (i, (unit, hole)) in holes.into_iter().enumerate() {
-            let mut facts = facts("inactive", closed());
+            let mut facts = facts("inactive", CLOSED);
             change(&mut facts, unit, hole);
             assert_eq!(word(&facts), "fail", "case {i}");
         }
@@ -253,7 +251,7 @@ mod tests {
 
     #[test]
     fn a_host_without_docker_is_not_concerned() {
-        let mut facts = facts("inactive", closed());
+        let mut facts = facts("inactive", CLOSED);
         for i in 0..3 {
             change(&mut facts, i, |u| u.load_state = "not-found".into());
         }

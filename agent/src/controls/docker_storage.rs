@@ -461,9 +461,10 @@ mod tests {
         );
     }
 
+    type Break = fn(&mut Facts);
+
     #[test]
     fn anything_off_the_volume_fails() {
-        type Break = fn(&mut Facts);
         let cases: [(&str, Break); 8] = [
             ("fail", |f| f.directories[0].mounts = Fact::new("t", Ok(vec![]))),
             ("fail", |f| f.directories[1].mounts = Fact::new("t", Ok(vec![]))),

@@ -61,7 +61,7 @@ fn parse_effective(text: &str) -> Effective {
                 }
             }
             Some(("addressfamily", family)) => {
-                family.trim().clone_into(&mut effective.address_family)
+                family.trim().clone_into(&mut effective.address_family);
             }
             _ => {}
         }

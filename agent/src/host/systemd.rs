@@ -107,10 +107,9 @@ impl Systemd {
                 .build()
                 .await?;
             let interface = |name: &'static str| zbus::names::InterfaceName::from_static_str(name);
-            let all =
-                properties.get_all(interface("org.freedesktop.systemd1.Unit")?.into()).await?;
+            let all = properties.get_all(interface("org.freedesktop.systemd1.Unit")?).await?;
             let service = if name.ends_with(".service") {
-                properties.get_all(interface("org.freedesktop.systemd1.Service")?.into()).await?
+                properties.get_all(interface("org.freedesktop.systemd1.Service")?).await?
             } else {
                 std::collections::HashMap::default()
             };

@@ -1,2 +1,94 @@
-//! Placeholder.
-fn main() {}
+//! The command line of the lab, run as `cargo lab`; what there is to read stands in `lib.rs`.
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use lab::{demo, host, image, package, runner, snapshot};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Simulated EC2 instances in which hostagent is tested and shown.
+#[derive(Debug, Parser)]
+#[command(name = "cargo lab", bin_name = "cargo lab")]
+struct Arguments {
+    #[command(subcommand)]
+    command: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Build the .deb; its path is the last line of the output
+    Package {
+        /// How to compile
+        #[arg(long, value_enum, default_value = "release")]
+        profile: package::Profile,
+    },
+    /// Run all tests and scenarios, or the scenarios whose name contains a FILTER
+    Test {
+        /// List the scenarios and run nothing
+        #[arg(long)]
+        list: bool,
+        /// How many scenarios run side by side
+        #[arg(long)]
+        jobs: Option<usize>,
+        /// Test this .deb instead of building one
+        #[arg(long, value_name = "FILE")]
+        deb: Option<PathBuf>,
+        /// Parts of scenarios' names
+        #[arg(value_name = "FILTER")]
+        filters: Vec<String>,
+    },
+    /// Make everything that tests need before they start: packages, image, snapshot
+    Prepare,
+    /// Boot an instance that its user-data makes ready, and keep it running
+    Demo {
+        /// Show this .deb instead of building one
+        #[arg(long, value_name = "FILE")]
+        deb: Option<PathBuf>,
+    },
+    /// Open a shell in the demo's instance, or run a command there
+    Shell {
+        /// The command; without one, an interactive shell
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// End the demo's instance
+    Stop,
+    /// Hold the demo's cloud and instance; started by `demo`
+    #[command(hide = true)]
+    Hold {
+        /// The demo's directory
+        dir: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("lab: error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(what: What) -> Result<ExitCode> {
+    match what {
+        What::Package { profile } => println!("{}", package::build(profile)?.display()),
+        What::Test { list: true, .. } => runner::list(),
+        What::Test { jobs, deb, filters, .. } => {
+            if !runner::run(&filters, jobs, deb)? {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+        What::Prepare => {
+            host::prepare()?;
+            package::cargo_deb()?;
+            snapshot::Snapshot::booted(&image::Image::of(image::DEFAULT_RELEASE)?)?;
+        }
+        What::Demo { deb } => demo::run(deb)?,
+        What::Shell { command } => return demo::shell(&command),
+        What::Stop => demo::stop()?,
+        What::Hold { dir } => demo::hold(&dir)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,181 @@
+//! What a scenario plays on: one simulated cloud, one instance in it, and the disks, in a work
+//! directory of its own. When the scenario ends, all of it is gone.
+
+use crate::cloud::{Cloud, Instance, Volume};
+use crate::command::tail;
+use crate::disk;
+use crate::guest::{Guest, Script};
+use crate::image::Image;
+use crate::qemu::{INSTANCE_ID, Machine};
+use crate::snapshot::{self, Snapshot};
+use crate::vm::Vm;
+use anyhow::{Context as _, Result, bail};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// The root disk's overlay in the work directory.
+const ROOT_DISK: &str = "root.qcow2";
+
+/// The state an instance starts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// Nothing runs yet: the scenario boots the instance itself, with [`Stage::boot`].
+    Cold,
+    /// After the first boot, without our package.
+    Booted,
+    /// After the first boot, with our package installed and nothing of it started.
+    Installed,
+}
+
+/// What scenarios are made from: the image, and the package under test.
+pub struct Props {
+    /// The guest image.
+    pub image: Image,
+    /// The .deb under test; absent when no scenario needs it.
+    pub package: Option<PathBuf>,
+}
+
+impl Props {
+    /// The package under test.
+    pub fn package(&self) -> Result<&Path> {
+        self.package.as_deref().context("this scenario needs the package, which was not built")
+    }
+}
+
+/// One scenario's cloud, instance and disks.
+pub struct Stage<'a> {
+    /// What it is made from.
+    pub props: &'a Props,
+    /// What surrounds the instance.
+    pub cloud: Cloud,
+    dir: PathBuf,
+    vm: Option<Vm>,
+}
+
+impl<'a> Stage<'a> {
+    /// Sets the stage in an empty directory.
+    pub fn set(props: &'a Props, dir: &Path, start: Start) -> Result<Self> {
+        let cloud = Cloud::start(dir)?;
+        let snapshot = match start {
+            Start::Cold => None,
+            Start::Booted => Some(Snapshot::booted(&props.image)?),
+            Start::Installed => Some(Snapshot::installed(&props.image, props.package()?)?),
+        };
+        let disk = dir.join(ROOT_DISK);
+        let mut vm = None;
+        // The cloud takes a second or two for its first request, and so does a restored instance.
+        std::thread::scope(|scope| {
+            let first = scope.spawn(|| cloud.instance(&Instance::default()));
+            if let Some(snapshot) = snapshot {
+                snapshot.copy_to(&disk)?;
+                vm = Some(Vm::start(&Machine {
+                    image: &props.image,
+                    disk: &disk,
+                    dir,
+                    ports: cloud.ports(),
+                    snapshot: Some(snapshot.name),
+                    instance_id: INSTANCE_ID,
+                    forwards: Vec::new(),
+                })?);
+            }
+            first.join().unwrap_or_else(|_| bail!("the cloud's first request panicked"))
+        })?;
+        Ok(Self { props, cloud, dir: dir.to_owned(), vm })
+    }
+
+    /// The work directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The running instance.
+    pub fn vm(&mut self) -> Result<&mut Vm> {
+        self.vm.as_mut().context("no instance runs on this stage")
+    }
+
+    /// The hands inside the running instance.
+    pub fn guest(&mut self) -> Result<&mut Guest> {
+        Ok(&mut self.vm()?.guest)
+    }
+
+    /// The root disk's overlay: everything that the instance ever wrote to its root disk.
+    pub fn root_disk(&self) -> PathBuf {
+        self.dir.join(ROOT_DISK)
+    }
+
+    /// Boots an instance for the first time, from the image's untouched root disk.
+    pub fn boot(&mut self, instance: &Instance) -> Result<()> {
+        self.cloud.instance(instance)?;
+        snapshot::overlay(&self.props.image, &self.root_disk())?;
+        self.power_on(&instance.id)
+    }
+
+    /// Cuts the power, and boots again from the same root disk. NVMe disks have to be plugged
+    /// again: after a stop and a start they may be others.
+    pub fn power_cycle(&mut self) -> Result<()> {
+        self.power_cycle_as(INSTANCE_ID)
+    }
+
+    /// As [`Stage::power_cycle`], but what boots is another instance: its root disk comes from an
+    /// image that was made of this one.
+    pub fn power_cycle_as(&mut self, instance_id: &str) -> Result<()> {
+        drop(self.vm.take());
+        self.power_on(instance_id)
+    }
+
+    /// Makes a volume's disk, tells the cloud about the volume and that it is attached, and plugs
+    /// the disk. Returns the disk's path.
+    pub fn attach(&mut self, volume: &Volume, device: &str) -> Result<PathBuf> {
+        self.cloud.volume(volume)?;
+        self.cloud.attach(&volume.id, device, true)?;
+        self.plug(volume)
+    }
+
+    /// Plugs a volume's disk, made empty if it does not exist; the cloud is told nothing.
+    pub fn plug(&mut self, volume: &Volume) -> Result<PathBuf> {
+        let path = self.dir.join(format!("{}.raw", volume.id));
+        if !path.exists() {
+            disk::create(&path, volume.size)?;
+        }
+        self.vm()?.plug_nvme(&path, &volume.serial())?;
+        Ok(path)
+    }
+
+    /// Everything that helps to find out why a scenario failed.
+    pub fn evidence(&mut self) -> String {
+        let journal = self.guest().and_then(|guest| {
+            guest.wait(Duration::from_secs(10))?;
+            guest.run(&Script::new("journalctl -b --no-pager -o short-precise | tail -n 300"))
+        });
+        let journal = match journal {
+            Ok(ended) => ended.stdout,
+            Err(error) => format!("not available: {error:#}"),
+        };
+        let calls = match self.cloud.calls() {
+            Ok(calls) => calls.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"),
+            Err(error) => format!("not available: {error:#}"),
+        };
+        let serial = self.vm.as_ref().map(Vm::serial).unwrap_or_default();
+        format!(
+            "--- the guest's journal\n{}\n--- the serial console's last lines\n{}\n\
+             --- the calls to AWS\n{}",
+            journal.trim_end(),
+            tail(&serial, 30),
+            calls.trim_end(),
+        )
+    }
+
+    /// Boots what is on the root disk.
+    fn power_on(&mut self, instance_id: &str) -> Result<()> {
+        self.vm = Some(Vm::start(&Machine {
+            image: &self.props.image,
+            disk: &self.root_disk(),
+            dir: &self.dir,
+            ports: self.cloud.ports(),
+            snapshot: None,
+            instance_id,
+            forwards: Vec::new(),
+        })?);
+        Ok(())
+    }
+}
