@@ -151,14 +151,19 @@ impl Control for DataMount {
                 return Ok(Plan::refuse(format!("{mount_point} is not a directory")));
             }
         }
-        let current = [facts.unit_file.known()?, facts.timeout_file.known()?];
-        let mut reload = facts.unit.known()?.need_daemon_reload;
-        for (current, (path, content)) in current.into_iter().zip([files.unit, files.timeout]) {
-            if current.as_ref() != Some(&content) {
+        let unit = facts.unit.known()?;
+        let mut reload = unit.need_daemon_reload;
+        let mut write = |current: &Option<String>, (path, content): (PathBuf, String)| {
+            let differs = current.as_ref() != Some(&content);
+            if differs {
                 steps.push(Step::WriteFile { path, content, mode: 0o644 });
-                reload = true;
             }
-        }
+            differs
+        };
+        // The device's time-out counts at the next boot, which reads it anyway.
+        write(facts.timeout_file.known()?, files.timeout);
+        // A unit that was not there is read when it is started; only a changed one needs a reload.
+        reload |= write(facts.unit_file.known()?, files.unit) && unit.exists();
         if reload {
             steps.push(Step::ReloadManager);
         }
@@ -330,9 +335,8 @@ mod tests {
             texts,
             [
                 "make /data an empty, immutable directory",
-                "write /etc/systemd/system/data.mount",
                 "write /etc/systemd/system/dev-disk-by\\x2did-nvme\\x2dX_vol0123456789abcdef0_1.device.d/10-hostagent.conf",
-                "make systemd read its units again",
+                "write /etc/systemd/system/data.mount",
                 "mount vol-0123456789abcdef0 (data.mount)",
             ]
         );

@@ -145,6 +145,9 @@ impl Control for DockerStorage {
             if let Some(wrong) = daemon.writes_elsewhere(disk.number)? {
                 return fail(wrong);
             }
+            if let Some(wrong) = daemon.starts_without_storage()? {
+                return fail(wrong);
+            }
             if unit.active_state == "active" {
                 running.push(daemon.name);
             } else if daemon.is_wanted() {
@@ -179,12 +182,14 @@ impl Control for DockerStorage {
                 });
                 mount.push(Step::StartUnit { unit: unit_name(Path::new(directory.path), "mount") });
             }
-            reload |= directory.unit.known()?.need_daemon_reload;
+            let unit = directory.unit.known()?;
+            reload |= unit.need_daemon_reload;
             let content = directory.unit_content(config);
             if directory.unit_file.known()?.as_ref() != Some(&content) {
                 let path = unit_path(&unit_name(Path::new(directory.path), "mount"));
                 prepare.push(Step::WriteFile { path, content, mode: 0o644 });
-                reload = true;
+                // A unit that was not there is read when it is started.
+                reload |= unit.exists();
             }
         }
         if reload {
@@ -314,6 +319,18 @@ impl Daemon {
         self.unit.known().is_ok_and(|unit| unit.unit_file_state.starts_with("enabled"))
     }
 
+    /// The mount that the daemon's start does not depend on, if there is one.
+    fn starts_without_storage(&self) -> Result<Option<String>, Unknown> {
+        let unit = self.unit.known()?;
+        if unit.load_state != "loaded" {
+            return Ok(None);
+        }
+        let mounts = STORAGE.map(|(path, _)| unit_name(Path::new(path), "mount"));
+        let missing =
+            mounts.into_iter().find(|m| !(unit.requires.contains(m) && unit.after.contains(m)));
+        Ok(missing.map(|mount| format!("{} does not wait for {mount}", self.name)))
+    }
+
     /// A file that the running daemon writes off the data volume, if there is one.
     fn writes_elsewhere(&self, device: DevNum) -> Result<Option<String>, Unknown> {
         if !self.unit.known()?.is_up() {
@@ -350,6 +367,8 @@ mod tests {
             active_state: active.into(),
             unit_file_state: enabled.into(),
             main_pid: u32::from(active == "active") * 7,
+            requires: STORAGE.map(|(path, _)| unit_name(Path::new(path), "mount")).into(),
+            after: STORAGE.map(|(path, _)| unit_name(Path::new(path), "mount")).into(),
             ..Unit::default()
         }
     }
@@ -452,7 +471,6 @@ mod tests {
                 "write /etc/systemd/system/var-lib-docker.mount",
                 "make the directory /data/containerd (mode 0711)",
                 "write /etc/systemd/system/var-lib-containerd.mount",
-                "make systemd read its units again",
                 "start var-lib-docker.mount",
                 "start var-lib-containerd.mount",
                 "start containerd.service",
@@ -465,7 +483,11 @@ mod tests {
 
     #[test]
     fn anything_off_the_volume_fails() {
-        let cases: [(&str, Break); 8] = [
+        let cases: [(&str, Break); 9] = [
+            ("fail", |f| {
+                f.daemons[1].unit =
+                    Fact::new("t", Ok(Unit { after: vec![], ..unit("active", "enabled") }))
+            }),
             ("fail", |f| f.directories[0].mounts = Fact::new("t", Ok(vec![]))),
             ("fail", |f| f.directories[1].mounts = Fact::new("t", Ok(vec![]))),
             ("fail", |f| f.daemons[0].held = Fact::new("t", Ok(Some(vec![held("x", ROOT)])))),

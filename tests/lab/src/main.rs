@@ -33,6 +33,9 @@ enum What {
         /// Test this .deb instead of building one
         #[arg(long, value_name = "FILE")]
         deb: Option<PathBuf>,
+        /// Show the journal, console and calls of scenarios that pass, too
+        #[arg(long)]
+        evidence: bool,
         /// Parts of scenarios' names
         #[arg(value_name = "FILTER")]
         filters: Vec<String>,
@@ -75,8 +78,8 @@ fn run(what: What) -> Result<ExitCode> {
     match what {
         What::Package { profile } => println!("{}", package::build(profile)?.display()),
         What::Test { list: true, .. } => runner::list(),
-        What::Test { jobs, deb, filters, .. } => {
-            if !runner::run(&filters, jobs, deb)? {
+        What::Test { jobs, deb, evidence, filters, .. } => {
+            if !runner::run(&filters, jobs, deb, evidence)? {
                 return Ok(ExitCode::FAILURE);
             }
         }

@@ -42,7 +42,12 @@ pub fn list() {
 
 /// Runs everything, or only the scenarios whose name contains one of the filters. Returns whether
 /// all passed.
-pub fn run(filters: &[String], jobs: Option<usize>, deb: Option<PathBuf>) -> Result<bool> {
+pub fn run(
+    filters: &[String],
+    jobs: Option<usize>,
+    deb: Option<PathBuf>,
+    evidence: bool,
+) -> Result<bool> {
     let chosen: Vec<&Scenario> = ALL
         .iter()
         .filter(|scenario| {
@@ -57,7 +62,7 @@ pub fn run(filters: &[String], jobs: Option<usize>, deb: Option<PathBuf>) -> Res
         count.add(cargo_tests()?);
         count.add(cloud_tests()?);
     }
-    count.add(scenarios(&chosen, jobs.unwrap_or_else(default_jobs), deb)?);
+    count.add(scenarios(&chosen, jobs.unwrap_or_else(default_jobs), deb, evidence)?);
     println!("{} passed, {} failed", count.passed, count.failed);
     Ok(count.failed == 0 && count.passed > 0)
 }
@@ -154,7 +159,12 @@ fn count_unittest(said: &str) -> Count {
 }
 
 /// Runs scenarios, several side by side if asked to.
-fn scenarios(chosen: &[&Scenario], jobs: usize, deb: Option<PathBuf>) -> Result<Count> {
+fn scenarios(
+    chosen: &[&Scenario],
+    jobs: usize,
+    deb: Option<PathBuf>,
+    evidence: bool,
+) -> Result<Count> {
     remove_old_work();
     let image = image::Image::of(image::DEFAULT_RELEASE)?;
     let package = if chosen.iter().all(|scenario| scenario.start == Start::Booted) {
@@ -174,7 +184,7 @@ fn scenarios(chosen: &[&Scenario], jobs: usize, deb: Option<PathBuf>) -> Result<
         for _ in 0..jobs.clamp(1, chosen.len()) {
             scope.spawn(|| {
                 while let Some(scenario) = chosen.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let passed = one(scenario, &props);
+                    let passed = one(scenario, &props, evidence);
                     let this = Count { passed: passed.into(), failed: (!passed).into() };
                     count.lock().unwrap_or_else(std::sync::PoisonError::into_inner).add(this);
                 }
@@ -185,7 +195,7 @@ fn scenarios(chosen: &[&Scenario], jobs: usize, deb: Option<PathBuf>) -> Result<
 }
 
 /// Runs one scenario and says how it went. The work directory stays when it failed.
-fn one(scenario: &Scenario, props: &Props) -> bool {
+fn one(scenario: &Scenario, props: &Props, always: bool) -> bool {
     let started = Instant::now();
     let name = scenario.name;
     let (dir, _lock) = match work_directory(name) {
@@ -201,13 +211,14 @@ fn one(scenario: &Scenario, props: &Props) -> bool {
         let run = std::panic::AssertUnwindSafe(|| (scenario.run)(&mut stage));
         let result = std::panic::catch_unwind(run)
             .unwrap_or_else(|_| Err(anyhow::anyhow!("the scenario panicked (see above)")));
-        if result.is_err() {
+        if result.is_err() || always {
             evidence = stage.evidence();
         }
         result
     });
     match result {
         Ok(()) => {
+            eprint!("{evidence}");
             println!("ok {name} ({})", human(started.elapsed()));
             true
         }

@@ -89,13 +89,18 @@ fn boot(image: &Image, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Waits until an instance has finished its boot and has nothing more to do.
-pub fn settle(vm: &mut Vm) -> Result<()> {
+/// Waits until cloud-init is done and the boot is finished.
+pub fn booted(vm: &mut Vm) -> Result<()> {
     vm.guest.wait(BOOT)?;
     let patient = |text| Script::new(text).deadline(BOOT);
     // Status 2: done, with a warning that cloud-init gives for every EC2 without network metadata.
     vm.guest.succeed(&patient("cloud-init status --wait >/dev/null; [ $? != 1 ]"))?;
-    vm.guest.succeed(&patient("systemctl is-system-running --wait || systemctl --failed"))?;
+    vm.guest.succeed(&patient("systemctl is-system-running --wait || systemctl --failed")).map(drop)
+}
+
+/// Waits until an instance has finished its boot and has nothing more to do.
+pub fn settle(vm: &mut Vm) -> Result<()> {
+    booted(vm)?;
     vm.guest.sh("systemctl is-active docker.service containerd.service ssh.service")?;
     let end = Instant::now() + Duration::from_mins(2);
     // Both processors idle for nine tenths of a second and more.

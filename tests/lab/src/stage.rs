@@ -11,7 +11,7 @@ use crate::snapshot::{self, Snapshot};
 use crate::vm::Vm;
 use anyhow::{Context as _, Result, bail};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The root disk's overlay in the work directory.
 const ROOT_DISK: &str = "root.qcow2";
@@ -50,6 +50,7 @@ pub struct Stage<'a> {
     pub cloud: Cloud,
     dir: PathBuf,
     vm: Option<Vm>,
+    begun: Instant,
 }
 
 impl<'a> Stage<'a> {
@@ -80,7 +81,7 @@ impl<'a> Stage<'a> {
             }
             first.join().unwrap_or_else(|_| bail!("the cloud's first request panicked"))
         })?;
-        Ok(Self { props, cloud, dir: dir.to_owned(), vm })
+        Ok(Self { props, cloud, dir: dir.to_owned(), vm, begun: Instant::now() })
     }
 
     /// The work directory.
@@ -143,9 +144,14 @@ impl<'a> Stage<'a> {
 
     /// Everything that helps to find out why a scenario failed.
     pub fn evidence(&mut self) -> String {
+        let begun = self.begun;
         let journal = self.guest().and_then(|guest| {
             guest.wait(Duration::from_secs(10))?;
-            guest.run(&Script::new("journalctl -b --no-pager -o short-precise | tail -n 300"))
+            // What the snapshot brought along says nothing about this scenario.
+            let since = begun.elapsed().as_secs() + 30;
+            guest.run(&Script::new(&format!(
+                "journalctl -b --no-pager -o short-precise --since -{since}s | tail -n 300"
+            )))
         });
         let journal = match journal {
             Ok(ended) => ended.stdout,
