@@ -7,7 +7,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use jiff::Timestamp;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -51,8 +51,8 @@ const LAST_RUN: &str = "/run/hostagent/last-run.json";
 /// Held while a run is under way.
 const LOCK: &str = "/run/hostagent/lock";
 
-/// How long `provision` waits for a run that only looks.
-const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+/// How long `provision` waits for runs that only look.
+const LOCK_PATIENCE: Duration = Duration::from_secs(300);
 
 /// An error that has an exit status of its own.
 #[derive(Debug)]
@@ -69,17 +69,24 @@ impl std::error::Error for Refused {}
 /// Runs a command. An error is printed here, once.
 #[must_use]
 pub fn run(cli: &Cli) -> Exit {
-    match dispatch(cli) {
-        Ok(exit) => exit,
-        Err(e) => {
-            eprintln!("hostagent: {e:#}");
+    match std::panic::catch_unwind(|| dispatch(cli)) {
+        Ok(Ok(exit)) => exit,
+        Ok(Err(e)) => {
+            complain(&format!("hostagent: {e:#}\n"));
             match (e.downcast_ref::<Refused>(), e.downcast_ref::<ConfigError>()) {
                 (Some(refused), _) => refused.0,
                 (_, Some(_)) => Exit::Config,
                 _ => Exit::Internal,
             }
         }
+        // The panic has printed itself.
+        Err(_) => Exit::Internal,
     }
+}
+
+/// Prints to standard error; where that cannot be, nobody is there to be told.
+fn complain(text: &str) {
+    drop(std::io::stderr().lock().write_all(text.as_bytes()));
 }
 
 fn dispatch(cli: &Cli) -> Result<Exit> {
@@ -90,10 +97,10 @@ fn dispatch(cli: &Cli) -> Result<Exit> {
         Command::Gate => {
             must_be_root("gate")?;
             let config = config::load(cli.config.as_deref())?.config;
-            match gate::check(config.volume.mount_point.path()) {
+            match gate::check(&config.volume) {
                 Ok(why) => say(&format!("{why}\n")).map(|()| Exit::Pass),
                 Err(why) => {
-                    eprintln!("hostagent: Docker may not start: {why:#}");
+                    complain(&format!("hostagent: Docker may not start: {why:#}\n"));
                     Ok(Exit::Fail)
                 }
             }
@@ -131,27 +138,33 @@ fn must_be_root(command: &str) -> Result<()> {
 
 /// The commands that look at the controls: `verify`, `plan` and `provision`.
 fn looking(cli: &Cli, selection: &Selection, command: &'static str) -> Result<Exit> {
-    let selected = select(selection)?;
+    let provision = command == "provision";
+    let selected = select(selection, provision)?;
     must_be_root(command)?;
     let config = config::load(cli.config.as_deref())?.config;
-    let provision = command == "provision";
     journal::init(if provision { Level::INFO } else { Level::ERROR });
     // One thread: hostagent waits far more than it computes, and is to stay small.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("starting the runtime")?;
-    runtime.block_on(async {
-        let _lock = lock(provision).await?;
+    let result = runtime.block_on(async {
+        let lock = lock(provision).await?;
         let patience = if provision { Patience::Long } else { Patience::Brief };
-        let cx = Context { config, host: Host::default(), aws: Aws::new(patience) };
-        let report = observe(&cx, &selected, command).await;
+        let deadline = provision.then(|| Instant::now() + config.run.deadline_seconds.duration());
+        let cx = Context { config, host: Host::default(), aws: Aws::new(patience), deadline };
+        let report = Box::pin(observe(&cx, &selected, command)).await;
+        // Not held while somebody reads the report at leisure.
+        drop(lock);
         say(&match selection.output.format {
             Format::Text => text::render(&report),
             Format::Json => report.json(),
         })?;
         Ok(exit(&report))
-    })
+    });
+    // A thread that hangs on a disk is not waited for.
+    runtime.shutdown_background();
+    result
 }
 
 fn exit(report: &Report) -> Exit {
@@ -167,7 +180,9 @@ fn exit(report: &Report) -> Exit {
 async fn observe(cx: &Context, selected: &[&'static dyn Check], command: &'static str) -> Report {
     let started = Timestamp::now();
     let complete = selected.len() == REGISTRY.len();
-    let outcomes = match not_on_ec2(cx).await {
+    let elsewhere = not_on_ec2(cx).await;
+    let on_ec2 = elsewhere.is_none();
+    let outcomes = match elsewhere {
         Some(why) => {
             let verdict = |c: &&'static dyn Check| {
                 Outcome::without_facts(c.about(), Verdict::Unknown { why: why.clone() })
@@ -189,7 +204,8 @@ async fn observe(cx: &Context, selected: &[&'static dyn Check], command: &'stati
         version: report::VERSION,
         hostagent: env!("CARGO_PKG_VERSION"),
         command,
-        instance: cx.aws.identity().await.ok().cloned(),
+        // Not asked once more where nothing answered: a reader waits.
+        instance: if on_ec2 { cx.aws.identity().await.ok().cloned() } else { None },
         boot_id: identity::boot_id().ok(),
         started,
         finished: Timestamp::now(),
@@ -199,7 +215,7 @@ async fn observe(cx: &Context, selected: &[&'static dyn Check], command: &'stati
         controls: outcomes,
     };
     if report.conclusion.as_ref().is_some_and(|c| c.news)
-        && let Err(e) = files::write_atomic(Path::new(LAST_RUN), &report.json(), 0o600)
+        && let Err(e) = files::write_atomic(Path::new(LAST_RUN), &report.json(), 0o644)
     {
         tracing::error!("the result is not kept for `hostagent status`: {e:#}");
     }
@@ -208,8 +224,7 @@ async fn observe(cx: &Context, selected: &[&'static dyn Check], command: &'stati
 
 /// Applies, and judges everything once more from fresh facts: nothing trusts an apply.
 async fn provision(cx: &Context, selected: &[&'static dyn Check]) -> Vec<Outcome> {
-    let deadline = cx.config.run.deadline_seconds.duration();
-    let applied = engine::provision(cx, selected, deadline).await;
+    let applied = engine::provision(cx, selected).await;
     if applied.iter().any(|o| !o.verdict.lets_through()) {
         return applied;
     }
@@ -232,7 +247,7 @@ async fn not_on_ec2(cx: &Context) -> Option<String> {
 }
 
 /// The selected controls, with what they require, in the registry's order.
-fn select(selection: &Selection) -> Result<Vec<&'static dyn Check>> {
+fn select(selection: &Selection, provision: bool) -> Result<Vec<&'static dyn Check>> {
     let known = |id: &str| REGISTRY.iter().any(|c| c.about().id == id);
     if let Some(id) = selection.only.iter().chain(&selection.skip).find(|id| !known(id)) {
         bail!(Refused(
@@ -249,6 +264,10 @@ fn select(selection: &Selection) -> Result<Vec<&'static dyn Check>> {
     for control in REGISTRY.iter().rev() {
         if wanted.contains(&control.about().id) {
             wanted.extend(control.about().requires);
+            // Without these its steps would not be applied.
+            if provision {
+                wanted.extend(control.about().acts_after);
+            }
         }
     }
     let selected: Vec<&'static dyn Check> = REGISTRY
@@ -263,7 +282,8 @@ fn select(selection: &Selection) -> Result<Vec<&'static dyn Check>> {
     Ok(selected)
 }
 
-/// One run at a time: `provision` excludes everything, looking excludes only `provision`.
+/// One run at a time: `provision` excludes everything, looking excludes only `provision`, which
+/// waits for those who look.
 async fn lock(exclusive: bool) -> Result<Option<Flock<File>>> {
     let path = Path::new(LOCK);
     let file = if exclusive {
@@ -282,19 +302,30 @@ async fn lock(exclusive: bool) -> Result<Option<Flock<File>>> {
         }
     };
     let mut file = file.with_context(|| format!("opening {LOCK}"))?;
-    let until = Instant::now() + if exclusive { LOCK_PATIENCE } else { Duration::ZERO };
-    let kind =
-        if exclusive { FlockArg::LockExclusiveNonblock } else { FlockArg::LockSharedNonblock };
+    let busy = || {
+        let text =
+            format!("another run of hostagent holds {LOCK}; see `systemctl status hostagent`");
+        anyhow!(Refused(Exit::Busy, text))
+    };
+    let until = Instant::now() + LOCK_PATIENCE;
     loop {
-        match Flock::lock(file, kind) {
-            Ok(lock) => return Ok(Some(lock)),
-            Err((unlocked, Errno::EWOULDBLOCK)) if Instant::now() < until => file = unlocked,
-            Err((_, Errno::EWOULDBLOCK)) => {
-                let text = format!(
-                    "another run of hostagent holds {LOCK}; see `systemctl status hostagent`"
-                );
-                bail!(Refused(Exit::Busy, text));
+        if exclusive {
+            file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Ok(Some(lock)),
+                Err((unlocked, Errno::EWOULDBLOCK)) => unlocked,
+                Err((_, e)) => return Err(e).with_context(|| format!("locking {LOCK}")),
+            };
+        }
+        // A lock that can be shared is held by those who look.
+        match Flock::lock(file, FlockArg::LockSharedNonblock) {
+            Ok(lock) if !exclusive => return Ok(Some(lock)),
+            Ok(lock) if Instant::now() < until => {
+                file = lock
+                    .unlock()
+                    .map_err(|(_, e)| e)
+                    .with_context(|| format!("unlocking {LOCK}"))?;
             }
+            Ok(_) | Err((_, Errno::EWOULDBLOCK)) => return Err(busy()),
             Err((_, e)) => return Err(e).with_context(|| format!("locking {LOCK}")),
         }
         sleep(Duration::from_millis(200)).await;
@@ -378,7 +409,7 @@ mod tests {
     }
 
     fn ids(only: &[&str], skip: &[&str]) -> Vec<&'static str> {
-        select(&selection(only, skip)).unwrap().iter().map(|c| c.about().id).collect()
+        select(&selection(only, skip), false).unwrap().iter().map(|c| c.about().id).collect()
     }
 
     #[test]
@@ -393,7 +424,7 @@ mod tests {
     fn nothing_and_nonsense_are_wrong_usage() {
         for (only, skip) in [(&["sshd-port"][..], &["sshd-port"][..]), (&["x"], &[]), (&[], &["x"])]
         {
-            let error = select(&selection(only, skip)).map(|_| ()).unwrap_err();
+            let error = select(&selection(only, skip), false).map(|_| ()).unwrap_err();
             assert_eq!(error.downcast_ref::<Refused>().unwrap().0, Exit::Usage);
         }
     }

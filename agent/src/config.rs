@@ -6,10 +6,10 @@
 //! key and reason ([`ConfigError`]); no command does anything with a configuration that has one.
 //! What the values mean for a host is the business of the controls.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::fs;
 use std::io::Read as _;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -80,6 +80,14 @@ pub struct Volume {
     pub kms_keys: Vec<String>,
     /// How long `provision` waits for the attachment, in seconds.
     pub wait_seconds: Seconds,
+}
+
+impl Volume {
+    /// Whether a key, if any is known, is one of those that are accepted.
+    #[must_use]
+    pub fn accepts_key(&self, key: Option<&str>) -> bool {
+        self.kms_keys.is_empty() || key.is_some_and(|key| self.kms_keys.iter().any(|k| k == key))
+    }
 }
 
 impl Default for Volume {
@@ -284,13 +292,15 @@ fn check_device_name(value: &str) -> Result<(), String> {
 }
 
 /// Trees in which nothing may be mounted, and directories that may not be hidden by a mount.
-const FORBIDDEN_TREES: [&str; 17] = [
+const FORBIDDEN_TREES: [&str; 19] = [
     "/bin",
     "/boot",
     "/dev",
     "/etc",
     "/lib",
+    "/lib32",
     "/lib64",
+    "/libx32",
     "/proc",
     "/root",
     "/run",
@@ -307,6 +317,10 @@ const FORBIDDEN_EXACT: [&str; 8] =
     ["/", "/home", "/var", "/var/cache", "/var/lib", "/var/log", "/var/spool", "/var/tmp"];
 
 fn check_mount_point(value: &str) -> Result<(), String> {
+    // The mount unit is named after it, and a file's name has at most 255 bytes.
+    if value.len() > 100 {
+        return Err("is too long; use at most 100 characters".into());
+    }
     if !value.starts_with('/') {
         return Err("must be an absolute path, such as \"/data\"".into());
     }
@@ -340,11 +354,39 @@ fn check_name(value: &str) -> Result<(), String> {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct File {
+    #[serde(deserialize_with = "section")]
     instance: FileInstance,
+    #[serde(deserialize_with = "section")]
     volume: FileVolume,
+    #[serde(deserialize_with = "section")]
     sshd: FileSshd,
+    #[serde(deserialize_with = "section")]
     signal: FileSignal,
+    #[serde(deserialize_with = "section")]
     run: FileRun,
+}
+
+/// A section from a table only: by itself serde also fills a structure from a list, key by key.
+fn section<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    struct Table<T>(std::marker::PhantomData<T>);
+
+    impl<'de, T: Deserialize<'de>> serde::de::Visitor<'de> for Table<T> {
+        type Value = T;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a table")
+        }
+
+        fn visit_map<A: serde::de::MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+            T::deserialize(serde::de::value::MapAccessDeserializer::new(map))
+        }
+    }
+
+    deserializer.deserialize_map(Table(std::marker::PhantomData))
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -480,14 +522,13 @@ impl ConfigError {
 
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.file.display())?;
-        if let Some(line) = self.line {
-            write!(f, ":{line}")?;
-        }
-        if let Some(key) = &self.key {
-            write!(f, ": {key}")?;
-        }
-        write!(f, ": {}", self.reason)
+        let line = self.line.map(|line| format!(":{line}")).unwrap_or_default();
+        let key = self.key.as_ref().map(|key| format!(": {key}")).unwrap_or_default();
+        let text = format!("{}{line}{key}: {}", self.file.display(), self.reason);
+        // One line of plain text, whatever the file has in its keys and values.
+        text.chars().try_for_each(|c| {
+            if c.is_control() { write!(f, "{}", c.escape_default()) } else { f.write_char(c) }
+        })
     }
 }
 
@@ -507,7 +548,8 @@ pub fn load(path: Option<&Path>) -> Result<Loaded, ConfigError> {
     let main = path.unwrap_or(Path::new(DEFAULT_PATH));
     let mut files = Vec::new();
     // A dangling link is there, and unreadable: only true absence of the default file is allowed.
-    if path.is_some() || main.symlink_metadata().is_ok() {
+    let absent = main.symlink_metadata().is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound);
+    if path.is_some() || !absent {
         files.push(main.to_path_buf());
     }
     files.extend(fragments(&main.with_file_name("conf.d"))?);
@@ -542,7 +584,11 @@ fn fragments(dir: &Path) -> Result<Vec<PathBuf>, ConfigError> {
 /// Reads a file that only root (or the caller) can have written: whoever can write the
 /// configuration of a root program is root.
 fn read_trusted(path: &Path) -> Result<String, ConfigError> {
-    let mut file = fs::File::open(path)
+    // Not blocking: a FIFO would wait for a writer for ever.
+    let mut file = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(nix::libc::O_NONBLOCK)
+        .open(path)
         .map_err(|e| ConfigError::file(path, format!("cannot be read: {e}")))?;
     let meta =
         file.metadata().map_err(|e| ConfigError::file(path, format!("cannot be read: {e}")))?;

@@ -148,6 +148,13 @@ pub enum Plan {
         /// Why not.
         why: String,
     },
+    /// Nothing that would meet the requirement, but these changes keep harm away meanwhile.
+    Contain {
+        /// The changes, in this order.
+        steps: Vec<Step>,
+        /// Why nothing more is done.
+        why: String,
+    },
 }
 
 impl Plan {
@@ -188,6 +195,8 @@ pub struct Context {
     pub host: Host,
     /// AWS.
     pub aws: Aws,
+    /// When the run ends; a provisioning run's only. No step begins after it.
+    pub deadline: Option<tokio::time::Instant>,
 }
 
 /// One requirement. See the module's documentation.
@@ -250,7 +259,7 @@ impl<C: Control> Check for C {
 }
 
 /// All controls, in the order of reports. A control's prerequisites stand before it.
-pub static REGISTRY: [&dyn Check; 7] = [
+pub static REGISTRY: &[&dyn Check] = &[
     &controls::instance_tenancy::InstanceTenancy,
     &controls::sshd_port::SshdPort,
     &controls::boot_order::BootOrder,

@@ -11,14 +11,17 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use serde::Serialize;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 use tracing::{error, info, warn};
 
 use crate::control::{About, Check, Context, Finding, Plan, Verdict};
+use crate::readiness;
 use crate::step::{self, Step};
 
-/// How long one control may take to observe. Above every time-out inside an observation.
-const OBSERVE_DEADLINE: Duration = Duration::from_secs(90);
+/// How long one control may take to observe while somebody waits for a report, and while a host is
+/// made ready, when AWS is given time. Above the time-outs inside an observation.
+const OBSERVE_BRIEF: Duration = Duration::from_secs(60);
+const OBSERVE_LONG: Duration = Duration::from_secs(400);
 
 /// A control's plan that has not settled after this many rounds never will.
 const MAX_ROUNDS: usize = 6;
@@ -73,32 +76,21 @@ enum Mode {
 
 /// Observes and judges `controls`. Changes nothing.
 pub async fn verify(cx: &Context, controls: &[&'static dyn Check]) -> Vec<Outcome> {
-    run(cx, controls, Mode::Verify, None).await
+    run(cx, controls, Mode::Verify).await
 }
 
 /// Observes, judges and plans `controls`. Changes nothing.
 pub async fn plan(cx: &Context, controls: &[&'static dyn Check]) -> Vec<Outcome> {
-    run(cx, controls, Mode::Plan, None).await
+    run(cx, controls, Mode::Plan).await
 }
 
-/// Brings `controls` to where they are met, as far as their plans go and until the deadline. What
-/// is not done by then is unknown.
-pub async fn provision(
-    cx: &Context,
-    controls: &[&'static dyn Check],
-    deadline: Duration,
-) -> Vec<Outcome> {
-    run(cx, controls, Mode::Provision, Some(deadline)).await
+/// Brings `controls` to where they are met, as far as their plans go. No step begins after the
+/// context's deadline; one that has begun ends under its own.
+pub async fn provision(cx: &Context, controls: &[&'static dyn Check]) -> Vec<Outcome> {
+    run(cx, controls, Mode::Provision).await
 }
 
-async fn run(
-    cx: &Context,
-    controls: &[&'static dyn Check],
-    mode: Mode,
-    deadline: Option<Duration>,
-) -> Vec<Outcome> {
-    let until = deadline.map(|d| Instant::now() + d);
-    let mut leftover = "was never reached".to_owned();
+async fn run(cx: &Context, controls: &[&'static dyn Check], mode: Mode) -> Vec<Outcome> {
     let selected: Vec<&str> = controls.iter().map(|c| c.about().id).collect();
     let mut waiting: Vec<&'static dyn Check> = controls.to_vec();
     let mut done: BTreeMap<&'static str, Outcome> = BTreeMap::new();
@@ -137,32 +129,16 @@ async fn run(
                 break;
             }
         }
-        let next = async {
-            match until {
-                Some(until) => timeout_at(until, running.next()).await,
-                None => Ok(running.next().await),
-            }
-        };
-        match next.await {
-            Ok(Some(outcome)) => {
-                report_progress(&outcome, mode);
-                done.insert(outcome.about.id, outcome);
-            }
-            Ok(None) => break,
-            Err(_) => {
-                let seconds = deadline.unwrap_or_default().as_secs();
-                leftover = format!("was not done when the run's deadline of {seconds} s passed");
-                break;
-            }
-        }
+        let Some(outcome) = running.next().await else { break };
+        report_progress(&outcome, mode);
+        done.insert(outcome.about.id, outcome);
     }
-    drop(running);
     // Every control that was asked for has an outcome: one that was left over was never judged.
     controls
         .iter()
         .map(|control| {
             done.remove(control.about().id).unwrap_or_else(|| {
-                let why = leftover.clone();
+                let why = "was never reached".to_owned();
                 Outcome::without_facts(control.about(), Verdict::Unknown { why })
             })
         })
@@ -171,7 +147,8 @@ async fn run(
 
 /// Whether what depends on this outcome can go on: it is met, or (in a plan) would have been.
 fn leads_on(outcome: &Outcome, mode: Mode) -> bool {
-    outcome.verdict.lets_through() || (mode == Mode::Plan && !outcome.steps.is_empty())
+    let would_be = mode == Mode::Plan && !outcome.steps.is_empty() && outcome.refusal.is_none();
+    outcome.verdict.lets_through() || would_be
 }
 
 async fn one(
@@ -187,8 +164,10 @@ async fn one(
             Mode::Plan => {
                 let finding = check(cx, control).await;
                 let steps = match &finding.plan {
-                    Plan::Steps(steps) => steps.iter().map(Applied::planned).collect(),
-                    _ => Vec::new(),
+                    Plan::Steps(steps) | Plan::Contain { steps, .. } => {
+                        steps.iter().map(Applied::planned).collect()
+                    }
+                    Plan::Nothing | Plan::Refuse { .. } => Vec::new(),
                 };
                 Outcome { steps, ..Outcome::from(about, finding) }
             }
@@ -196,6 +175,7 @@ async fn one(
             Mode::Provision => {
                 let mut outcome = Outcome::from(about, check(cx, control).await);
                 if !outcome.verdict.lets_through() {
+                    readiness::doubt(cx).await;
                     let why = format!("nothing is done before {} is met", held_back.join(", "));
                     outcome.refusal.get_or_insert(why);
                 }
@@ -218,8 +198,9 @@ async fn one(
 }
 
 async fn check(cx: &Context, control: &'static dyn Check) -> Finding {
-    tokio::time::timeout(OBSERVE_DEADLINE, control.check(cx)).await.unwrap_or_else(|_| {
-        let why = format!("was not observed within {} s", OBSERVE_DEADLINE.as_secs());
+    let limit = if cx.deadline.is_some() { OBSERVE_LONG } else { OBSERVE_BRIEF };
+    tokio::time::timeout(limit, control.check(cx)).await.unwrap_or_else(|_| {
+        let why = format!("was not observed within {} s", limit.as_secs());
         Finding {
             facts: serde_json::Value::Null,
             plan: Plan::refuse(why.clone()),
@@ -233,18 +214,28 @@ async fn converge(cx: &Context, control: &'static dyn Check) -> Outcome {
     let about = control.about();
     let mut applied: Vec<Applied> = Vec::new();
     let mut last: Vec<Step> = Vec::new();
+    let mut stopped = None;
     for _ in 0..MAX_ROUNDS {
         let finding = check(cx, control).await;
-        let failed = applied.iter().any(|a| matches!(a.result, StepResult::Failed(_)));
-        let settled = match &finding.plan {
-            Plan::Steps(steps) => failed || *steps == last,
-            Plan::Nothing | Plan::Refuse { .. } => true,
-        };
-        if settled {
-            return Outcome { steps: applied, ..Outcome::from(about, finding) };
+        if !finding.verdict.lets_through() {
+            // Before anything is done about it: a host that was ready is so no more.
+            readiness::doubt(cx).await;
         }
-        let Plan::Steps(steps) = finding.plan else { continue };
+        let (steps, contained) = match &finding.plan {
+            Plan::Steps(steps) => (steps.clone(), None),
+            Plan::Contain { steps, why } => (steps.clone(), Some(why.clone())),
+            Plan::Nothing | Plan::Refuse { .. } => (Vec::new(), None),
+        };
+        if stopped.is_some() || steps.is_empty() || steps == last {
+            let outcome = Outcome::from(about, finding);
+            let refusal = stopped.or(outcome.refusal).filter(|_| !outcome.verdict.lets_through());
+            return Outcome { steps: applied, refusal, ..outcome };
+        }
         for step in &steps {
+            if cx.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                stopped = Some(format!("the run's deadline passed before: {step}"));
+                break;
+            }
             info!(control = about.id, "{step}");
             let result = match step::apply(step, cx).await {
                 Ok(()) => StepResult::Done,
@@ -253,12 +244,15 @@ async fn converge(cx: &Context, control: &'static dyn Check) -> Outcome {
                     StepResult::Failed(format!("{e:#}"))
                 }
             };
-            let failed = matches!(result, StepResult::Failed(_));
+            if let StepResult::Failed(why) = &result {
+                stopped = Some(format!("{step}: {why}"));
+            }
             applied.push(Applied { text: step.to_string(), step: step.clone(), result });
-            if failed {
+            if stopped.is_some() {
                 break;
             }
         }
+        stopped = stopped.or(contained);
         last = steps;
     }
     let why = format!("did not settle after {MAX_ROUNDS} rounds of steps");
@@ -296,7 +290,9 @@ impl Outcome {
 
     fn from(about: &'static About, finding: Finding) -> Self {
         let refusal = match finding.plan {
-            Plan::Refuse { why } if !finding.verdict.lets_through() => Some(why),
+            Plan::Refuse { why } | Plan::Contain { why, .. } if !finding.verdict.lets_through() => {
+                Some(why)
+            }
             _ => None,
         };
         Self { about, verdict: finding.verdict, facts: finding.facts, steps: Vec::new(), refusal }

@@ -7,10 +7,14 @@
 
 use std::path::Path;
 
+use std::os::unix::fs::MetadataExt as _;
+
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::aws::cache::{self, Confirmation};
+use crate::config::Volume;
 use crate::host::block::{self, DevNum, Disk};
+use crate::host::docker;
 use crate::host::identity::{self, Firmware};
 use crate::host::mounts::{self, Mount};
 
@@ -22,32 +26,48 @@ pub const STORAGE: [(&str, &str); 2] =
 struct Facts {
     confirmation: Option<Confirmation>,
     firmware: Firmware,
-    data: Vec<Mount>,
+    /// All mounts.
+    mounts: Vec<Mount>,
+    /// The disk of the last mount on the mount point.
     disk: Option<Disk>,
-    storage: Vec<Vec<Mount>>,
+    /// The device that is seen at the mount point and at the storage directories, whatever the list
+    /// of mounts says: a later mount on a parent hides them.
+    seen: Vec<(String, DevNum)>,
+    /// Where the daemons' configuration moves their storage, if it does.
+    moved: Option<String>,
 }
 
+/// Filesystems that hold nothing of their own: what Docker mounts below its storage.
+const NOT_ON_DISK: [&str; 3] = ["overlay", "tmpfs", "nsfs"];
+
 /// Looks, and says in one sentence why Docker may start, or fails with why it may not.
-pub fn check(mount_point: &Path) -> Result<String> {
-    let data = mounts::at(mount_point)?;
-    let disk = match data.last() {
+pub fn check(volume: &Volume) -> Result<String> {
+    let mount_point = volume.mount_point.path();
+    let mounts = mounts::all()?;
+    let disk = match mounts.iter().rfind(|m| Path::new(&m.mount_point) == mount_point) {
         Some(mount) => block::disk_by_number(mount.device)?,
         None => None,
     };
-    let storage =
-        STORAGE.iter().map(|(path, _)| mounts::at(Path::new(path))).collect::<Result<_>>()?;
+    let mut seen = Vec::new();
+    for path in [mount_point].into_iter().chain(STORAGE.map(|(path, _)| Path::new(path))) {
+        // An absent directory is no mount either, which is said more clearly below.
+        if let Ok(meta) = std::fs::metadata(path) {
+            seen.push((path.display().to_string(), DevNum::of(meta.dev())));
+        }
+    }
     let facts = Facts {
         confirmation: cache::read().context("reading which volume EC2 confirmed")?,
         firmware: identity::firmware()?,
-        data,
+        mounts,
         disk,
-        storage,
+        seen,
+        moved: docker::moved_by_configuration()?,
     };
-    judge(mount_point, &facts)
+    judge(volume, &facts)
 }
 
-fn judge(mount_point: &Path, facts: &Facts) -> Result<String> {
-    let place = mount_point.display();
+fn judge(wanted: &Volume, facts: &Facts) -> Result<String> {
+    let place = wanted.mount_point.as_str();
     let Some(confirmation) = &facts.confirmation else {
         bail!(
             "EC2 has not confirmed an encrypted volume for this instance; run `hostagent provision`"
@@ -62,7 +82,11 @@ fn judge(mount_point: &Path, facts: &Facts) -> Result<String> {
         confirmation.instance_id
     );
     let volume = &confirmation.volume_id;
-    let device = the_one(&facts.data, &place.to_string(), "/")?;
+    ensure!(
+        wanted.accepts_key(confirmation.kms_key_id.as_deref()),
+        "the key of {volume} is not one of volume.kms_keys"
+    );
+    let device = the_one(&facts.mounts, place, "/")?;
     let disk =
         facts.disk.as_ref().with_context(|| format!("{place} is not mounted from a disk"))?;
     ensure!(disk.number == device, "{place} changed while it was looked at");
@@ -71,20 +95,54 @@ fn judge(mount_point: &Path, facts: &Facts) -> Result<String> {
         Some(id) => bail!("{place} is on {id}, and EC2 confirmed {volume}"),
         None => bail!("{place} is on {}, which is no EBS volume", disk.name),
     }
-    for ((path, directory), mounts) in STORAGE.iter().zip(&facts.storage) {
-        let there = the_one(mounts, path, &format!("/{directory}"))?;
+    for (path, directory) in STORAGE {
+        let there = the_one(&facts.mounts, path, &format!("/{directory}"))?;
         ensure!(there == device, "{path} is on the device {there}, not on {volume} ({device})");
+    }
+    for (path, there) in &facts.seen {
+        ensure!(
+            *there == device,
+            "a mount hides {path}: what is seen there is on the device {there}"
+        );
+    }
+    if let Some(stray) = stray_mount(wanted, device, &facts.mounts) {
+        bail!(
+            "{} is mounted from the device {}, not from {volume}",
+            stray.mount_point,
+            stray.device
+        );
+    }
+    if let Some(moved) = &facts.moved {
+        bail!(
+            "{moved}; hostagent moves /var/lib/docker and /var/lib/containerd instead, remove it"
+        );
     }
     Ok(format!("Docker's storage is on {volume}"))
 }
 
+/// A mount below Docker's storage through which data would leave the volume.
+#[must_use]
+pub fn stray_mount<'a>(wanted: &Volume, device: DevNum, mounts: &'a [Mount]) -> Option<&'a Mount> {
+    let storage = STORAGE.iter().flat_map(|(path, directory)| {
+        [Path::new(path).to_path_buf(), wanted.mount_point.path().join(directory)]
+    });
+    let storage: Vec<_> = storage.collect();
+    mounts.iter().find(|mount| {
+        let path = Path::new(&mount.mount_point);
+        storage.iter().any(|top| path.starts_with(top) && path != top)
+            && mount.device != device
+            && !NOT_ON_DISK.contains(&mount.fs_type.as_str())
+    })
+}
+
 /// The device of the one mount at a path, which must show the directory `root` of its filesystem.
 fn the_one(mounts: &[Mount], path: &str, root: &str) -> Result<DevNum> {
-    match mounts {
+    let here: Vec<&Mount> = mounts.iter().filter(|m| m.mount_point == path).collect();
+    match here[..] {
         [mount] if mount.root == root => Ok(mount.device),
         [mount] => bail!("{path} shows the directory {} of its filesystem, not {root}", mount.root),
         [] => bail!("nothing is mounted on {path}"),
-        _ => bail!("{} mounts are stacked on {path}", mounts.len()),
+        _ => bail!("{} mounts are stacked on {path}", here.len()),
     }
 }
 
@@ -104,6 +162,7 @@ mod tests {
             mount_point: path.into(),
             fs_type: "ext4".into(),
             options: vec![],
+            read_only: false,
         }
     }
 
@@ -120,7 +179,12 @@ mod tests {
                 vendor: Some("Amazon EC2".into()),
                 instance_id: Some("i-0123456789abcdef0".into()),
             },
-            data: vec![mount("/data", DATA, "/")],
+            mounts: vec![
+                mount("/", ROOT, "/"),
+                mount("/data", DATA, "/"),
+                mount("/var/lib/docker", DATA, "/docker"),
+                mount("/var/lib/containerd", DATA, "/containerd"),
+            ],
             disk: Some(Disk {
                 name: "nvme1n1".into(),
                 number: DATA,
@@ -128,10 +192,10 @@ mod tests {
                 model: None,
                 size: 8 << 30,
             }),
-            storage: vec![
-                vec![mount("/var/lib/docker", DATA, "/docker")],
-                vec![mount("/var/lib/containerd", DATA, "/containerd")],
-            ],
+            seen: ["/data", "/var/lib/docker", "/var/lib/containerd"]
+                .map(|path| (path.to_owned(), DATA))
+                .into(),
+            moved: None,
         }
     }
 
@@ -139,29 +203,59 @@ mod tests {
 
     #[test]
     fn opens_only_when_everything_is_in_place() {
-        judge(Path::new("/data"), &good()).unwrap();
-        let table: [(&str, Break); 13] = [
+        let volume = Volume::default();
+        judge(&volume, &good()).unwrap();
+        let table: [(&str, Break); 18] = [
             ("has not confirmed", |f| f.confirmation = None),
             ("does not tell which instance", |f| f.firmware.instance_id = None),
             ("belongs to", |f| f.firmware.instance_id = Some("i-0fffffffffffffff0".into())),
-            ("nothing is mounted on /data", |f| f.data.clear()),
-            ("stacked on /data", |f| f.data.push(mount("/data", ROOT, "/"))),
-            ("shows the directory /x", |f| f.data[0].root = "/x".into()),
+            ("nothing is mounted on /data", |f| _ = f.mounts.remove(1)),
+            ("stacked on /data", |f| f.mounts.push(mount("/data", ROOT, "/"))),
+            ("shows the directory /x", |f| f.mounts[1].root = "/x".into()),
             ("not mounted from a disk", |f| f.disk = None),
             ("changed while", |f| f.disk.as_mut().unwrap().number = ROOT),
             ("EC2 confirmed", |f| {
                 f.disk.as_mut().unwrap().serial = Some("vol0ffffffffffffffff".into());
             }),
             ("no EBS volume", |f| f.disk.as_mut().unwrap().serial = None),
-            ("nothing is mounted on /var/lib/docker", |f| f.storage[0].clear()),
-            ("not on vol-", |f| f.storage[1][0].device = ROOT),
-            ("shows the directory /docker", |f| f.storage[1][0].root = "/docker".into()),
+            ("nothing is mounted on /var/lib/docker", |f| _ = f.mounts.remove(2)),
+            ("not on vol-", |f| f.mounts[3].device = ROOT),
+            ("not /docker", |f| f.mounts[2].root = "/elsewhere".into()),
+            ("a mount hides /var/lib/docker", |f| f.seen[1].1 = ROOT),
+            ("/var/lib/docker/overlay2 is mounted", |f| {
+                f.mounts.push(mount("/var/lib/docker/overlay2", ROOT, "/"));
+            }),
+            ("/data/containerd/x is mounted", |f| {
+                f.mounts.push(mount("/data/containerd/x", ROOT, "/"));
+            }),
+            ("data-root", |f| f.moved = Some("daemon.json sets data-root".into())),
+            ("belongs to", |f| f.confirmation.as_mut().unwrap().instance_id = "i-1".into()),
         ];
         for (expected, break_it) in table {
             let mut facts = good();
             break_it(&mut facts);
-            let error = judge(Path::new("/data"), &facts).unwrap_err().to_string();
+            let error = judge(&volume, &facts).unwrap_err().to_string();
             assert!(error.contains(expected), "expected {expected:?}, got {error:?}");
         }
+    }
+
+    #[test]
+    fn what_docker_itself_mounts_is_no_stray() {
+        let mut facts = good();
+        let mut overlay =
+            mount("/var/lib/docker/overlay2/ab/merged", DevNum { major: 0, minor: 50 }, "/");
+        overlay.fs_type = "overlay".into();
+        facts.mounts.push(overlay);
+        judge(&Volume::default(), &facts).unwrap();
+    }
+
+    #[test]
+    fn a_key_that_is_not_accepted_any_more_closes_the_gate() {
+        let key = "arn:aws:kms:us-east-1:111122223333:key/1";
+        let narrow = Volume { kms_keys: vec![key.into()], ..Volume::default() };
+        assert!(judge(&narrow, &good()).is_err(), "no key is known");
+        let mut facts = good();
+        facts.confirmation.as_mut().unwrap().kms_key_id = Some(key.into());
+        judge(&narrow, &facts).unwrap();
     }
 }

@@ -8,9 +8,10 @@
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 use tracing::{error, info, warn};
 
 use crate::aws::autoscaling::{self, Action};
@@ -24,6 +25,9 @@ pub const MARKER: &str = "/run/hostagent/ready";
 
 /// The target that units can wait for.
 pub const TARGET: &str = "hostagent-ready.target";
+
+/// The tags that are read; an instance may carry others that are nobody's business.
+pub const TAGS: [&str; 4] = [STACK_TAG, RESOURCE_TAG, GROUP_TAG, HOOK_TAG];
 
 /// The tags that name what waits for this host, where the configuration does not.
 const STACK_TAG: &str = "aws:cloudformation:stack-name";
@@ -90,21 +94,31 @@ pub async fn conclude(cx: &Context, outcomes: &[Outcome]) -> Conclusion {
 }
 
 async fn succeed(cx: &Context) -> Conclusion {
+    if cx.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+        let seconds = cx.config.run.deadline_seconds.get();
+        return late(cx, format!("the run took longer than its deadline of {seconds} s")).await;
+    }
     match marker() {
         // Said and acknowledged earlier in this boot: nothing is said twice.
         Ok(Some(_)) => {
-            return Conclusion { ready: true, signals: Vec::new(), news: false, trouble: None };
+            return match start_target(cx).await {
+                Ok(news) => Conclusion { ready: true, signals: Vec::new(), news, trouble: None },
+                Err(e) => unready(cx, Vec::new(), format!("{e:#}")).await,
+            };
         }
         Ok(None) => {}
         Err(e) => warn!("the marker is written anew: {e:#}"),
     }
-    let signals = match waiting(cx).await {
-        Ok(waiting) => send(cx, &waiting, true).await,
+    let (waiting, trouble) = match waiting(cx).await {
+        Ok(both) => both,
         Err(e) => {
-            return unready(cx, Vec::new(), format!("who waits for this host is not known: {e:#}"))
-                .await;
+            (Waiting::default(), Some(format!("who waits for this host is not known: {e:#}")))
         }
     };
+    if let Some(trouble) = trouble {
+        return unready(cx, Vec::new(), trouble).await;
+    }
+    let signals = send(cx, &waiting, true).await;
     let lost = signals.iter().find_map(|s| s.delivery.as_ref().err().map(|e| (&s.to, e)));
     if let Some((to, why)) = lost {
         let trouble = format!("{to} could not be told: {why}");
@@ -120,17 +134,31 @@ async fn succeed(cx: &Context) -> Conclusion {
 }
 
 async fn fail(cx: &Context, outcomes: &[Outcome]) -> Conclusion {
-    let reason = reason(outcomes);
-    error!(ready = false, "this host is not ready: {reason}");
+    error!(ready = false, "this host is not ready: {}", reason(outcomes));
     withdraw(cx).await;
-    let signals = match waiting(cx).await {
-        Ok(waiting) => send(cx, &waiting, false).await,
+    Conclusion { ready: false, signals: tell_failure(cx).await, news: true, trouble: None }
+}
+
+/// Every control is met, but not in time: that is a failure like any other.
+async fn late(cx: &Context, trouble: String) -> Conclusion {
+    let conclusion = unready(cx, Vec::new(), trouble).await;
+    Conclusion { signals: tell_failure(cx).await, ..conclusion }
+}
+
+/// Tells everybody who is known to wait.
+async fn tell_failure(cx: &Context) -> Vec<Signal> {
+    match waiting(cx).await {
+        Ok((waiting, trouble)) => {
+            if let Some(trouble) = trouble {
+                warn!("{trouble}");
+            }
+            send(cx, &waiting, false).await
+        }
         Err(e) => {
             warn!("nobody is told of the failure, because who waits is not known: {e:#}");
             Vec::new()
         }
-    };
-    Conclusion { ready: false, signals, news: true, trouble: None }
+    }
 }
 
 /// Every control is met, and yet the host cannot be called ready.
@@ -159,7 +187,26 @@ async fn mark(cx: &Context) -> Result<()> {
     };
     let text = serde_json::to_string_pretty(&marker).context("writing the marker")? + "\n";
     files::write_atomic(Path::new(MARKER), &text, 0o644)?;
-    cx.host.systemd().await?.start(TARGET, Duration::from_secs(60)).await
+    start_target(cx).await.map(drop)
+}
+
+/// Starts the target if it is not up; tells whether it had to.
+async fn start_target(cx: &Context) -> Result<bool> {
+    let systemd = cx.host.systemd().await?;
+    if systemd.unit(TARGET).await?.active_state == "active" {
+        return Ok(false);
+    }
+    systemd.start(TARGET, Duration::from_secs(60)).await?;
+    Ok(true)
+}
+
+/// Takes readiness back as soon as a control is not met: the run that may restore it can take long,
+/// and may not come to its end.
+pub async fn doubt(cx: &Context) {
+    if Path::new(MARKER).exists() {
+        warn!(ready = false, "this host is not ready any more");
+        withdraw(cx).await;
+    }
 }
 
 /// Takes readiness back: the marker, then the target.
@@ -179,8 +226,8 @@ async fn withdraw(cx: &Context) {
     }
 }
 
-/// What waits: by configuration, else by the instance's tags.
-async fn waiting(cx: &Context) -> Result<Waiting> {
+/// What waits, by configuration, else by the instance's tags; and what of it is only half known.
+async fn waiting(cx: &Context) -> Result<(Waiting, Option<String>)> {
     let config = &cx.config.signal;
     let complete = config.stack.is_some() && config.resource.is_some();
     let complete = complete && config.group.is_some() && config.hook.is_some();
@@ -195,20 +242,25 @@ async fn waiting(cx: &Context) -> Result<Waiting> {
         }
         Err(e) => return Err(e.context("reading the instance's tags")),
     };
-    pick(config, |tag| tags.get(tag).cloned())
+    Ok(pick(config, |tag| tags.get(tag).cloned()))
 }
 
-fn pick(config: &crate::config::Signal, tag: impl Fn(&str) -> Option<String>) -> Result<Waiting> {
+fn pick(
+    config: &crate::config::Signal,
+    tag: impl Fn(&str) -> Option<String>,
+) -> (Waiting, Option<String>) {
     let or_tag = |value: &Option<String>, name| value.clone().or_else(|| tag(name));
     let (stack, resource) =
         (or_tag(&config.stack, STACK_TAG), or_tag(&config.resource, RESOURCE_TAG));
     let (group, hook) = (or_tag(&config.group, GROUP_TAG), or_tag(&config.hook, HOOK_TAG));
+    let mut trouble = None;
     let stack = match (stack, resource) {
         (Some(stack), Some(resource)) => Some((stack, resource)),
         (Some(stack), None) => {
-            return Err(anyhow!(
+            trouble = Some(format!(
                 "the stack is {stack}, but no resource is named; set signal.resource"
             ));
+            None
         }
         // Auto Scaling passes a group's tags on; a resource without a stack is nobody's.
         (None, _) => None,
@@ -216,12 +268,13 @@ fn pick(config: &crate::config::Signal, tag: impl Fn(&str) -> Option<String>) ->
     let hook = match (group, hook) {
         (Some(group), Some(hook)) => Some((group, hook)),
         (None, Some(hook)) => {
-            return Err(anyhow!("the hook is {hook}, but no group is named; set signal.group"));
+            trouble = Some(format!("the hook is {hook}, but no group is named; set signal.group"));
+            None
         }
         // A group without a launch hook is an ordinary thing: it waits for nobody.
         (_, None) => None,
     };
-    Ok(Waiting { stack, hook })
+    (Waiting { stack, hook }, trouble)
 }
 
 async fn send(cx: &Context, waiting: &Waiting, success: bool) -> Vec<Signal> {
@@ -279,7 +332,7 @@ mod tests {
     #[test]
     fn configuration_comes_before_tags_and_nothing_is_guessed() {
         let none = Configured::default();
-        let waiting = pick(&none, tags).unwrap();
+        let waiting = pick(&none, tags).0;
         assert_eq!(waiting.stack, Some(("tag-stack".into(), "tag-resource".into())));
         assert_eq!(waiting.hook, Some(("tag-group".into(), "tag-hook".into())));
         let set = Configured {
@@ -287,19 +340,22 @@ mod tests {
             hook: Some("h".to_owned()),
             ..Configured::default()
         };
-        let waiting = pick(&set, tags).unwrap();
+        let waiting = pick(&set, tags).0;
         assert_eq!(waiting.stack, Some(("s".into(), "tag-resource".into())));
         assert_eq!(waiting.hook, Some(("tag-group".into(), "h".into())));
-        assert_eq!(pick(&none, |_| None).unwrap(), Waiting::default());
+        assert_eq!(pick(&none, |_| None), (Waiting::default(), None));
     }
 
     #[test]
-    fn half_an_address_is_an_error() {
+    fn half_an_address_is_trouble_and_does_not_spoil_the_other() {
         let stack = Configured { stack: Some("s".to_owned()), ..Configured::default() };
-        assert!(pick(&stack, |_| None).is_err());
-        let hook = Configured { hook: Some("h".to_owned()), ..Configured::default() };
-        assert!(pick(&hook, |_| None).is_err());
+        assert!(pick(&stack, |_| None).1.is_some());
+        let hook =
+            Configured { hook: Some("h".to_owned()), resource: Some("r".to_owned()), ..stack };
+        let (waiting, trouble) = pick(&hook, |_| None);
+        assert_eq!(waiting.stack, Some(("s".into(), "r".into())));
+        assert!(trouble.is_some());
         let group = Configured { group: Some("g".to_owned()), ..Configured::default() };
-        assert_eq!(pick(&group, |_| None).unwrap().hook, None);
+        assert_eq!(pick(&group, |_| None), (Waiting::default(), None));
     }
 }

@@ -1,6 +1,8 @@
 //! Every change that hostagent can make to a host is one [`Step`], and [`apply`] is the one place
-//! where a host is changed. A step is a value that a pure plan made, perhaps some time ago: each one
-//! checks its precondition again at the moment it runs, on what it is about to touch.
+//! where a host is changed. A step is a value that a pure plan made, perhaps some time ago: a step
+//! that could destroy or misplace data checks its precondition again at the moment it runs, on what
+//! it is about to touch. Every step has a deadline of its own, because a step that has begun is not
+//! interrupted by the end of the run.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -12,7 +14,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
-use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tracing::info;
 
 use crate::aws::cache::{self, Confirmation};
@@ -38,6 +40,8 @@ pub enum Step {
         /// What is remembered.
         confirmation: Confirmation,
     },
+    /// Forget that EC2 confirmed a volume, so that the gate closes.
+    ForgetVolume,
     /// Make a filesystem on the volume, if its disk is blank at that moment.
     FormatVolume {
         /// The volume.
@@ -86,11 +90,8 @@ pub enum Step {
         /// The unit.
         unit: String,
     },
-    /// Stop a unit.
-    StopUnit {
-        /// The unit.
-        unit: String,
-    },
+    /// Stop Docker and containerd, and what would start them again.
+    StopDocker,
     /// Move sshd to a port, and away from all others.
     MoveSshd {
         /// The port.
@@ -107,6 +108,7 @@ impl fmt::Display for Step {
             Self::RememberVolume { confirmation } => {
                 write!(f, "remember that EC2 confirmed {}", confirmation.volume_id)
             }
+            Self::ForgetVolume => f.write_str("forget that EC2 confirmed a volume"),
             Self::FormatVolume { volume_id, filesystem, .. } => {
                 write!(f, "format the blank volume {volume_id} with {}", filesystem.as_str())
             }
@@ -120,7 +122,7 @@ impl fmt::Display for Step {
             Self::ReloadManager => f.write_str("make systemd read its units again"),
             Self::MountVolume { unit, volume_id, .. } => write!(f, "mount {volume_id} ({unit})"),
             Self::StartUnit { unit } => write!(f, "start {unit}"),
-            Self::StopUnit { unit } => write!(f, "stop {unit}"),
+            Self::StopDocker => f.write_str("stop Docker and containerd"),
             Self::MoveSshd { port } => write!(f, "move sshd to port {port}"),
         }
     }
@@ -132,6 +134,9 @@ const UNIT_DEADLINE: Duration = Duration::from_secs(300);
 /// How long making a filesystem may take.
 const FORMAT_DEADLINE: Duration = Duration::from_secs(900);
 
+/// How long flushing a new filesystem may take.
+const FLUSH_DEADLINE: Duration = Duration::from_secs(300);
+
 /// Between two questions to EC2 while nothing happens in the kernel.
 const ASK_AGAIN: Duration = Duration::from_secs(60);
 
@@ -140,6 +145,7 @@ pub async fn apply(step: &Step, cx: &Context) -> Result<()> {
     match step {
         Step::AwaitVolume { seconds, .. } => await_volume(cx, *seconds).await,
         Step::RememberVolume { confirmation } => cache::write(confirmation),
+        Step::ForgetVolume => files::remove(Path::new(cache::PATH)),
         Step::FormatVolume { volume_id, filesystem, uuid } => {
             format_volume(volume_id, *filesystem, *uuid).await
         }
@@ -151,7 +157,7 @@ pub async fn apply(step: &Step, cx: &Context) -> Result<()> {
             mount_volume(cx, unit, link, volume_id).await
         }
         Step::StartUnit { unit } => cx.host.systemd().await?.start(unit, UNIT_DEADLINE).await,
-        Step::StopUnit { unit } => cx.host.systemd().await?.stop(unit, UNIT_DEADLINE).await,
+        Step::StopDocker => stop_docker(cx).await,
         Step::MoveSshd { port } => sshd::move_port(cx.host.systemd().await?, *port).await,
     }
 }
@@ -159,7 +165,10 @@ pub async fn apply(step: &Step, cx: &Context) -> Result<()> {
 /// Waits on the kernel's events. EC2 is asked again only when a disk appeared that its last answer
 /// does not explain, and once a minute otherwise.
 async fn await_volume(cx: &Context, seconds: u32) -> Result<()> {
-    let until = Instant::now() + Duration::from_secs(seconds.into());
+    let mut until = Instant::now() + Duration::from_secs(seconds.into());
+    if let Some(deadline) = cx.deadline {
+        until = until.min(deadline);
+    }
     let events = Uevents::subscribe()?;
     let mut ask_again = Instant::now() + ASK_AGAIN;
     let mut soon = Duration::from_secs(2);
@@ -173,8 +182,8 @@ async fn await_volume(cx: &Context, seconds: u32) -> Result<()> {
             info!(control = "data-volume", "{missing}; waiting for it");
             said.clone_from(&missing);
         }
-        // A disk with a volume's serial that EC2 does not report yet: EC2 is behind the kernel.
-        let unexplained = volumes.known().is_ok_and(|volumes| {
+        // No answer, or a disk with a volume's serial that EC2 does not report yet.
+        let unexplained = volumes.known().map_or(true, |volumes| {
             disks.iter().filter_map(block::Disk::volume_id).any(|id| {
                 !volumes
                     .iter()
@@ -261,10 +270,17 @@ async fn format_volume(
     let path = path.to_str().context("a device name that is not UTF-8")?;
     let uuid = uuid.to_string();
     let Filesystem::Ext4 = filesystem;
-    // No -F: mkfs keeps its own guards. No discard: there is nothing to discard on a blank disk.
+    // mkfs opens the disk exclusively itself, and refuses one in use; our own exclusive descriptor
+    // had to be given up for that. No discard: there is nothing to discard on a blank disk.
     let args = ["-q", "-E", "nodiscard", "-L", LABEL, "-U", &uuid, path];
     command::run(command::MKFS_EXT4, &args, FORMAT_DEADLINE).await?.success()?;
-    locked.sync_all().with_context(|| format!("flushing {path}"))
+    // In a thread: a disk that hangs must not hang the whole program.
+    let flush = tokio::task::spawn_blocking(move || locked.sync_all());
+    let flushed = timeout(FLUSH_DEADLINE, flush).await;
+    flushed
+        .with_context(|| format!("{path} was not flushed within {} s", FLUSH_DEADLINE.as_secs()))?
+        .context("flushing the disk")?
+        .with_context(|| format!("flushing {path}"))
 }
 
 /// Takes the lock as soon as it is free: udev holds it while it probes a disk that has just come.
@@ -283,6 +299,20 @@ async fn lock(mut file: File) -> Result<Flock<File>> {
 
 /// The label of the filesystem that hostagent makes.
 pub const LABEL: &str = "hostagent-data";
+
+/// Docker's units in the order in which they are stopped: the socket first, because it would start
+/// Docker again.
+pub const DOCKER_UNITS: [&str; 3] = ["docker.socket", "docker.service", "containerd.service"];
+
+async fn stop_docker(cx: &Context) -> Result<()> {
+    let systemd = cx.host.systemd().await?;
+    for unit in DOCKER_UNITS {
+        if systemd.unit(unit).await?.is_up() {
+            systemd.stop(unit, UNIT_DEADLINE).await?;
+        }
+    }
+    Ok(())
+}
 
 fn prepare_mount_point(path: &Path) -> Result<()> {
     ensure!(mounts::at(path)?.is_empty(), "something is mounted on {}", path.display());

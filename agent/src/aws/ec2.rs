@@ -13,13 +13,14 @@ use tracing::info;
 
 use super::{Patience, describe};
 use crate::host::block::VolumeId;
+use crate::readiness::TAGS;
 
 /// What `DescribeInstances` says of an instance, as far as it is used.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Instance {
     /// `Placement.Tenancy`; none if the answer has none.
     pub tenancy: Option<String>,
-    /// `Tags`
+    /// `Tags`, those of [`TAGS`] only.
     pub tags: BTreeMap<String, String>,
 }
 
@@ -36,6 +37,8 @@ pub struct AttachedVolume {
     pub encrypted: Option<bool>,
     /// `KmsKeyId`, an ARN.
     pub kms_key_id: Option<String>,
+    /// How many instances it is attached to.
+    pub attachments: usize,
 }
 
 /// Asks for one instance. By filter and page, which draws on EC2's larger request bucket; an empty
@@ -68,6 +71,7 @@ pub(super) async fn describe_instance(
                         .tags()
                         .iter()
                         .filter_map(|t| Some((t.key()?.to_owned(), t.value()?.to_owned())))
+                        .filter(|(key, _)| TAGS.contains(&key.as_str()))
                         .collect(),
                 });
             }
@@ -106,6 +110,7 @@ pub(super) async fn attached_volumes(
                 attachment: here.and_then(|a| a.state()).map(|s| s.as_str().to_owned()),
                 encrypted: volume.encrypted(),
                 kms_key_id: volume.kms_key_id().map(str::to_owned),
+                attachments: volume.attachments().len(),
             });
         }
     }

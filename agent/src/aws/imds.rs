@@ -31,7 +31,8 @@ pub struct Identity {
     pub image_id: String,
 }
 
-fn client(patience: Patience) -> Client {
+/// A client with time-outs of ours.
+pub(super) fn client(patience: Patience) -> Client {
     let seconds = Duration::from_secs;
     let (attempts, connect, read, operation) = match patience {
         Patience::Brief => (2, seconds(1), seconds(2), seconds(5)),

@@ -1,5 +1,5 @@
 //! All I/O with AWS: the instance metadata service, EC2, Auto Scaling and CloudFormation, and what
-//! is remembered of their answers. Every call has a deadline. What cannot change while the instance
+//! is remembered of their answers. Every call has a deadline, its retries included. What cannot change while the instance
 //! runs is asked once per run; what EC2 says of the attached volumes is asked again only when the
 //! kernel's disks have changed or a step asks for it.
 //!
@@ -15,9 +15,11 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
+use aws_config::default_provider::credentials::DefaultCredentialsChain;
+use aws_config::identity::IdentityCache;
 use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
-use aws_config::{BehaviorVersion, SdkConfig};
+use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_sdk_ec2::error::{ProvideErrorMetadata, SdkError};
 use tokio::sync::{Mutex, OnceCell};
 
@@ -46,7 +48,7 @@ struct VolumesAnswer {
 #[derive(Debug)]
 pub struct Aws {
     patience: Patience,
-    identity: OnceCell<Identity>,
+    identity: OnceCell<Result<Identity, String>>,
     sdk: OnceCell<SdkConfig>,
     instance: OnceCell<Fact<Instance>>,
     volumes: Mutex<Option<VolumesAnswer>>,
@@ -65,9 +67,11 @@ impl Aws {
         }
     }
 
-    /// Which instance this is, by the metadata service.
+    /// Which instance this is, by the metadata service. Asked once, whatever the answer is: how long
+    /// to insist is [`Patience`]'s business.
     pub async fn identity(&self) -> Result<&Identity> {
-        self.identity.get_or_try_init(|| imds::identity(self.patience)).await
+        let ask = || async { imds::identity(self.patience).await.map_err(|e| format!("{e:#}")) };
+        self.identity.get_or_init(ask).await.as_ref().map_err(|why| anyhow!("{why}"))
     }
 
     /// Which instance this is, as a fact.
@@ -107,10 +111,8 @@ impl Aws {
             ec2::attached_volumes(self.sdk().await?, id).await
         };
         let fact = Fact::new("EC2 DescribeVolumes", result.await);
-        *kept = fact
-            .known()
-            .is_ok()
-            .then(|| VolumesAnswer { disks: disks.to_vec(), fact: fact.clone() });
+        // An error too: what is throttled is not asked again for every event of the kernel.
+        *kept = Some(VolumesAnswer { disks: disks.to_vec(), fact: fact.clone() });
         fact
     }
 
@@ -136,12 +138,15 @@ impl Aws {
     /// The SDK's configuration. Needs the metadata service: region and credentials come from there.
     pub(crate) async fn sdk(&self) -> Result<&SdkConfig> {
         // Without identity there are no credentials either; asking for them would only cost time.
-        self.identity().await.context("no AWS API can be asked without the metadata service")?;
-        Ok(self.sdk.get_or_init(|| load(self.patience)).await)
+        let identity = self
+            .identity()
+            .await
+            .context("no AWS API can be asked without the metadata service")?;
+        Ok(self.sdk.get_or_init(|| load(self.patience, &identity.region)).await)
     }
 }
 
-async fn load(patience: Patience) -> SdkConfig {
+async fn load(patience: Patience, region: &str) -> SdkConfig {
     let seconds = Duration::from_secs;
     let (attempts, attempt, operation) = match patience {
         Patience::Brief => (3, seconds(5), seconds(15)),
@@ -152,7 +157,17 @@ async fn load(patience: Patience) -> SdkConfig {
         .operation_attempt_timeout(attempt)
         .operation_timeout(operation)
         .build();
+    // The SDK gives the metadata service one second to answer, which a busy first boot exceeds.
+    let credentials = DefaultCredentialsChain::builder()
+        .imds_client(imds::client(patience))
+        .region(Region::new(region.to_owned()))
+        .build()
+        .await;
     aws_config::defaults(BehaviorVersion::latest())
+        .credentials_provider(credentials)
+        .identity_cache(IdentityCache::lazy().load_timeout(operation).build())
+        // The instance's own, whatever the environment says.
+        .region(Region::new(region.to_owned()))
         .retry_config(RetryConfig::standard().with_max_attempts(attempts))
         .timeout_config(timeouts)
         .app_name(

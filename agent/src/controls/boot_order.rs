@@ -7,7 +7,7 @@ use crate::config::Config;
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
 use crate::gate::{self, STORAGE};
 use crate::host::systemd::Unit;
-use crate::step::Step;
+use crate::step::{DOCKER_UNITS, Step};
 
 /// See the module.
 pub struct BootOrder;
@@ -30,8 +30,6 @@ pub struct NamedUnit {
     pub unit: Fact<Unit>,
 }
 
-/// The order in which they are stopped: the socket first, because it would start Docker again.
-const GUARDED: [&str; 3] = ["docker.socket", "docker.service", "containerd.service"];
 const AGENT: &str = "hostagent.service";
 
 /// What hostagent's own unit must not wait for: user-data, which may be what started it.
@@ -55,14 +53,14 @@ impl Control for BootOrder {
     async fn observe(&self, cx: &Context) -> Facts {
         let systemd = cx.host.systemd().await;
         let mut units = Vec::new();
-        for name in GUARDED.into_iter().chain([AGENT]) {
+        for name in DOCKER_UNITS.into_iter().chain([AGENT]) {
             let unit = match &systemd {
                 Ok(systemd) => systemd.unit(name).await,
                 Err(e) => Err(anyhow::anyhow!("{e:#}")),
             };
             units.push(NamedUnit { name, unit: Fact::new("systemd (D-Bus)", unit) });
         }
-        let gate = gate::check(cx.config.volume.mount_point.path());
+        let gate = gate::check(&cx.config.volume);
         Facts { units, gate: Fact::new("hostagent gate", gate) }
     }
 
@@ -119,9 +117,9 @@ impl Control for BootOrder {
             }
         }
         if facts.gate.known().is_err() {
-            for NamedUnit { name, unit } in facts.units.iter().filter(|u| u.name != AGENT) {
-                if unit.known()?.is_up() {
-                    steps.push(Step::StopUnit { unit: (*name).to_owned() });
+            for NamedUnit { name, unit } in &facts.units {
+                if *name != AGENT && unit.known()?.is_up() && !steps.contains(&Step::StopDocker) {
+                    steps.push(Step::StopDocker);
                 }
             }
         }
@@ -192,7 +190,7 @@ mod tests {
         let gate = gate.then(String::new).ok_or(anyhow!("nothing is mounted on /data"));
         let unit = |name| NamedUnit { name, unit: Fact::new("t", Ok(service(active))) };
         Facts {
-            units: GUARDED.into_iter().chain([AGENT]).map(unit).collect(),
+            units: DOCKER_UNITS.into_iter().chain([AGENT]).map(unit).collect(),
             gate: Fact::new("t", gate),
         }
     }
@@ -219,10 +217,9 @@ mod tests {
     }
 
     #[test]
-    fn what_runs_against_the_gate_is_stopped_socket_first() {
+    fn what_runs_against_the_gate_is_stopped() {
         let plan = BootOrder.plan(&Config::default(), &facts("active", CLOSED)).unwrap();
-        let stop = |unit: &str| Step::StopUnit { unit: unit.into() };
-        assert_eq!(plan, Plan::Steps(GUARDED.map(stop).to_vec()));
+        assert_eq!(plan, Plan::Steps(vec![Step::StopDocker]));
         let plan = BootOrder.plan(&Config::default(), &facts("active", OPEN)).unwrap();
         assert_eq!(plan, Plan::Nothing);
     }

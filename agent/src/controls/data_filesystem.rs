@@ -191,7 +191,7 @@ mod tests {
         match DataFilesystem.plan(&Config::default(), facts) {
             Ok(Plan::Nothing) => "nothing",
             Ok(Plan::Steps(_)) => "format",
-            Ok(Plan::Refuse { .. }) | Err(_) => "refuse",
+            Ok(Plan::Refuse { .. } | Plan::Contain { .. }) | Err(_) => "refuse",
         }
     }
 

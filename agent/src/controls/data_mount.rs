@@ -205,6 +205,9 @@ fn wrong_mount(config: &Config, disk: &Disk, mounts: &[Mount]) -> Option<String>
     if mount.fs_type != config.volume.filesystem.as_str() {
         return Some(format!("{place} is mounted as {}", mount.fs_type));
     }
+    if mount.read_only {
+        return Some(format!("the filesystem on {place} is read-only; see `journalctl -k`"));
+    }
     let missing: Vec<&str> = OPTIONS
         .into_iter()
         .chain(["rw"])
@@ -270,6 +273,7 @@ mod tests {
             mount_point: "/data".into(),
             fs_type: "ext4".into(),
             options: ["noatime", "nodev", "nosuid", "rw"].map(str::to_owned).to_vec(),
+            read_only: false,
         }
     }
 
@@ -344,7 +348,8 @@ mod tests {
 
     #[test]
     fn a_wrong_mount_fails_and_is_not_touched() {
-        let cases: [fn(&mut Vec<Mount>); 6] = [
+        let cases: [fn(&mut Vec<Mount>); 7] = [
+            |m| m[0].read_only = true,
             |m| m[0].device = DevNum { major: 254, minor: 1 },
             |m| m[0].root = "/sub".into(),
             |m| m[0].fs_type = "xfs".into(),

@@ -121,9 +121,16 @@ impl Control for DataVolume {
                     seconds: config.volume.wait_seconds.get(),
                 }])
             }
-            State::Unfit { observed, .. } => Plan::refuse(format!(
-                "{observed}; nothing is written to a volume that is not fit for patient data"
-            )),
+            State::Unfit { observed, .. } => {
+                let why = format!(
+                    "{observed}; nothing is written to a volume that is not fit for patient data"
+                );
+                // What was confirmed under another policy must not keep the gate open.
+                match facts.remembered.known() {
+                    Ok(None) => Plan::Refuse { why },
+                    _ => Plan::Contain { steps: vec![Step::ForgetVolume, Step::StopDocker], why },
+                }
+            }
             State::Fit { volume, .. } => {
                 let confirmation = Confirmation {
                     version: cache::VERSION,
@@ -189,6 +196,13 @@ fn unfit<'a>(config: &Config, volume: &AttachedVolume) -> Result<Option<State<'a
         }
         Some(true) => {}
     }
+    if volume.attachments != 1 {
+        return Ok(Some(State::Unfit {
+            expected: "a volume that is attached to this instance alone".into(),
+            observed: format!("{id} is attached to {} instances", volume.attachments),
+            remedy: "attach a volume of this instance's own; two hosts destroy one ext4".into(),
+        }));
+    }
     let accepted = &config.volume.kms_keys;
     if accepted.is_empty() {
         return Ok(None);
@@ -236,6 +250,7 @@ mod tests {
             attachment: Some("attached".into()),
             encrypted: Some(true),
             kms_key_id: Some(KEY.into()),
+            attachments: 1,
         }
     }
 
@@ -282,6 +297,7 @@ mod tests {
                 [Step::RememberVolume { .. }] => "remember",
                 other => panic!("{other:?}"),
             },
+            Ok(Plan::Contain { .. }) => "contain",
             Ok(Plan::Refuse { .. }) | Err(_) => "refuse",
         };
         (word, plan)
@@ -308,6 +324,7 @@ mod tests {
             (vec![other(|v| v.attachment = None)], vec![disk()], ("fail", "wait")),
             (vec![other(|v| v.encrypted = Some(false))], vec![disk()], ("fail", "refuse")),
             (vec![other(|v| v.encrypted = None)], vec![disk()], ("unknown", "refuse")),
+            (vec![other(|v| v.attachments = 2)], vec![disk()], ("fail", "refuse")),
             (vec![volume(), volume()], vec![disk()], ("unknown", "refuse")),
             (vec![volume()], vec![disk(), disk()], ("unknown", "refuse")),
         ];
@@ -361,5 +378,9 @@ mod tests {
             Confirmation { instance_id: "i-0fffffffffffffff0".into(), ..confirmation.clone() };
         facts.remembered = Fact::new("t", Ok(Some(stale)));
         assert_eq!(outcome(&config, &facts), ("pass", "remember"));
+        // A volume that is not accepted any more is forgotten, and Docker stopped.
+        let mut narrow = Config::default();
+        narrow.volume.kms_keys = vec!["arn:aws:kms:us-east-1:111122223333:key/2".into()];
+        assert_eq!(outcome(&narrow, &facts), ("fail", "contain"));
     }
 }

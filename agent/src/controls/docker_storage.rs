@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::{data_volume, unit_path};
 use crate::config::Config;
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
-use crate::gate::STORAGE;
+use crate::gate::{self, STORAGE};
 use crate::host::block::{DevNum, Disk};
 use crate::host::docker::{self, HeldFile, Storage};
 use crate::host::files;
@@ -27,6 +27,9 @@ pub struct DockerStorage;
 pub struct Facts {
     /// The data volume's disk.
     pub disk: Fact<Disk>,
+    /// All mounts.
+    #[serde(skip)]
+    pub mounts: Fact<Vec<Mount>>,
     /// The two storage directories.
     pub directories: Vec<Directory>,
     /// `containerd.service` and `docker.service`, in the order in which they start.
@@ -111,6 +114,7 @@ impl Control for DockerStorage {
         }
         Facts {
             disk: Fact::new("/sys/block", data_volume::fit_disk(cx).await),
+            mounts: Fact::new("/proc/self/mountinfo", mounts::all()),
             directories,
             daemons,
             socket: loaded(systemd.as_ref(), SOCKET).await,
@@ -128,6 +132,10 @@ impl Control for DockerStorage {
                 remedy,
             ))
         };
+        if let Some(stray) = gate::stray_mount(&config.volume, disk.number, facts.mounts.known()?) {
+            let (path, device) = (&stray.mount_point, stray.device);
+            return fail(format!("{path} is mounted from the device {device}, not from {volume}"));
+        }
         for directory in &facts.directories {
             if let Some(wrong) = directory.wrong_mount(disk.number)? {
                 return fail(wrong);
@@ -153,6 +161,9 @@ impl Control for DockerStorage {
             } else if daemon.is_wanted() {
                 return fail(format!("{} is {}", daemon.name, unit.active_state));
             }
+        }
+        if socket_is_missing(facts)? {
+            return fail(format!("{SOCKET} is enabled, and does not listen"));
         }
         Ok(Verdict::pass(match running[..] {
             [] => format!("storage is mounted from {volume}; no daemon runs"),
@@ -196,27 +207,32 @@ impl Control for DockerStorage {
             prepare.push(Step::ReloadManager);
         }
 
-        // A daemon that writes elsewhere, or would see its directory replaced under it, is stopped;
-        // the socket first, because it would start Docker again.
         let mut misplaced = !mount.is_empty();
         for daemon in &facts.daemons {
-            misplaced |= daemon.writes_elsewhere(disk.number)?.is_some();
+            let Some(file) = daemon.file_elsewhere(disk.number)? else { continue };
+            if mount.is_empty()
+                && !STORAGE.iter().any(|(top, _)| Path::new(&file.path).starts_with(top))
+            {
+                // Started again it would write there again.
+                return Ok(Plan::Contain {
+                    steps: vec![Step::StopDocker],
+                    why: format!(
+                        "{} is told to keep its storage elsewhere ({}); remove that from its \
+                         configuration or its command line",
+                        daemon.name, file.path
+                    ),
+                });
+            }
+            misplaced = true;
         }
+        // A daemon that writes beneath the mounts, or would see its directory replaced, is stopped.
         let mut steps = Vec::new();
-        if misplaced {
-            let units = [(SOCKET, facts.socket.known()?)].into_iter().chain(
-                facts
-                    .daemons
-                    .iter()
-                    .rev()
-                    .map(|d| Ok((d.name, d.unit.known()?)))
-                    .collect::<Result<Vec<_>, _>>()?,
-            );
-            steps.extend(
-                units
-                    .filter(|(_, u)| u.is_up())
-                    .map(|(name, _)| Step::StopUnit { unit: name.to_owned() }),
-            );
+        let mut up = facts.socket.known()?.is_up();
+        for daemon in &facts.daemons {
+            up |= daemon.unit.known()?.is_up();
+        }
+        if misplaced && up {
+            steps.push(Step::StopDocker);
         }
         steps.extend(prepare);
         steps.extend(mount);
@@ -227,8 +243,17 @@ impl Control for DockerStorage {
                 steps.push(Step::StartUnit { unit: daemon.name.to_owned() });
             }
         }
+        if socket_is_missing(facts)? {
+            steps.push(Step::StartUnit { unit: SOCKET.to_owned() });
+        }
         Ok(Plan::steps(steps))
     }
+}
+
+/// Whether the socket is to listen and does not. Where docker.service is enabled, it brings it.
+fn socket_is_missing(facts: &Facts) -> Result<bool, Unknown> {
+    let socket = facts.socket.known()?;
+    Ok(socket.unit_file_state.starts_with("enabled") && !socket.is_up())
 }
 
 async fn loaded(systemd: Result<&&Systemd, &anyhow::Error>, name: &str) -> Fact<Unit> {
@@ -331,19 +356,25 @@ impl Daemon {
         Ok(missing.map(|mount| format!("{} does not wait for {mount}", self.name)))
     }
 
-    /// A file that the running daemon writes off the data volume, if there is one.
-    fn writes_elsewhere(&self, device: DevNum) -> Result<Option<String>, Unknown> {
+    /// The first file that the daemon holds open for writing off the data volume, if it runs.
+    fn file_elsewhere(&self, device: DevNum) -> Result<Option<&HeldFile>, Unknown> {
         if !self.unit.known()?.is_up() {
             return Ok(None);
         }
         let Some(held) = self.held.known()? else { return Ok(None) };
-        if let Some(file) = held.iter().find(|file| file.device != device) {
+        Ok(held.iter().find(|file| file.device != device))
+    }
+
+    /// What is wrong with where the running daemon writes, if anything is.
+    fn writes_elsewhere(&self, device: DevNum) -> Result<Option<String>, Unknown> {
+        if let Some(file) = self.file_elsewhere(device)? {
             return Ok(Some(format!(
                 "{} writes {} on the device {}, not on {device}",
                 self.name, file.path, file.device
             )));
         }
-        if held.is_empty() && self.unit.known()?.active_state == "active" {
+        let nothing_held = self.held.known()?.as_ref().is_none_or(Vec::is_empty);
+        if self.unit.known()?.active_state == "active" && nothing_held {
             return Err(Unknown(format!(
                 "{} holds no file open, so where it writes is not known",
                 self.name
@@ -403,6 +434,7 @@ mod tests {
                     size: 8 << 30,
                 }),
             ),
+            mounts: Fact::new("t", Ok(vec![])),
             directories: STORAGE.map(directory).into(),
             daemons: DAEMONS.map(daemon).into(),
             socket: Fact::new("t", Ok(unit("active", "enabled"))),
@@ -421,6 +453,7 @@ mod tests {
                     mount_point: directory.path.into(),
                     fs_type: "ext4".into(),
                     options: vec![],
+                    read_only: false,
                 }]),
             );
             directory.beneath = Fact::new("t", Ok(None));
@@ -448,7 +481,7 @@ mod tests {
         match DockerStorage.plan(&Config::default(), facts) {
             Ok(Plan::Steps(steps)) => steps.iter().map(ToString::to_string).collect(),
             Ok(Plan::Nothing) => vec![],
-            Ok(Plan::Refuse { why }) => vec![format!("refuse: {why}")],
+            Ok(Plan::Refuse { why } | Plan::Contain { why, .. }) => vec![format!("refuse: {why}")],
             Err(Unknown(why)) => vec![format!("unknown: {why}")],
         }
     }
@@ -464,9 +497,7 @@ mod tests {
         assert_eq!(
             plan(&fresh()),
             [
-                "stop docker.socket",
-                "stop docker.service",
-                "stop containerd.service",
+                "stop Docker and containerd",
                 "make the directory /data/docker (mode 0711)",
                 "write /etc/systemd/system/var-lib-docker.mount",
                 "make the directory /data/containerd (mode 0711)",
@@ -486,7 +517,7 @@ mod tests {
         let cases: [(&str, Break); 9] = [
             ("fail", |f| {
                 f.daemons[1].unit =
-                    Fact::new("t", Ok(Unit { after: vec![], ..unit("active", "enabled") }))
+                    Fact::new("t", Ok(Unit { after: vec![], ..unit("active", "enabled") }));
             }),
             ("fail", |f| f.directories[0].mounts = Fact::new("t", Ok(vec![]))),
             ("fail", |f| f.directories[1].mounts = Fact::new("t", Ok(vec![]))),
@@ -512,8 +543,33 @@ mod tests {
         let mut facts = ready();
         facts.daemons[1].held = Fact::new("t", Ok(Some(vec![held("docker", ROOT)])));
         let steps = plan(&facts);
-        assert_eq!(steps.first().map(String::as_str), Some("stop docker.socket"));
+        assert_eq!(steps.first().map(String::as_str), Some("stop Docker and containerd"));
         assert_eq!(steps.last().map(String::as_str), Some("start docker.service"));
+    }
+
+    #[test]
+    fn a_daemon_that_is_told_to_write_elsewhere_is_stopped_and_not_started() {
+        let mut facts = ready();
+        let file = HeldFile { path: "/mnt/x/volumes/metadata.db".into(), device: ROOT };
+        facts.daemons[1].held = Fact::new("t", Ok(Some(vec![held("docker", DATA), file])));
+        assert!(judge(&facts).starts_with("fail"));
+        let plan = DockerStorage.plan(&Config::default(), &facts).unwrap();
+        assert!(matches!(plan, Plan::Contain { steps, .. } if steps == [Step::StopDocker]));
+    }
+
+    #[test]
+    fn a_disk_mounted_inside_the_storage_fails() {
+        let mut facts = ready();
+        let stray = Mount {
+            device: ROOT,
+            root: "/".into(),
+            mount_point: "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs".into(),
+            fs_type: "ext4".into(),
+            options: vec![],
+            read_only: false,
+        };
+        facts.mounts = Fact::new("t", Ok(vec![stray]));
+        assert!(judge(&facts).starts_with("fail"), "{}", judge(&facts));
     }
 
     #[test]

@@ -6,15 +6,12 @@ use serde::Serialize;
 
 use crate::config::Config;
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
-use crate::host::sshd::{self, Answer, Effective, LOOPBACKS};
+use crate::host::sshd::{self, Answer, Effective, LOOPBACKS, Listener, WELL_KNOWN};
 use crate::host::systemd::Unit;
 use crate::step::Step;
 
 /// See the module.
 pub struct SshdPort;
-
-/// The port that everybody tries.
-const WELL_KNOWN: u16 = 22;
 
 /// What is observed.
 #[derive(Debug, Serialize)]
@@ -27,8 +24,10 @@ pub struct Facts {
     pub socket: Fact<Unit>,
     /// What answers on the configured port, on the loopback address of each family.
     pub answers: Vec<Knock>,
-    /// What listens on port 22, on any address.
-    pub port_22: Fact<Vec<SocketAddr>>,
+    /// What listens on the configured port, on any address, and whether it is `ssh.service`.
+    pub listeners: Fact<Vec<Listener>>,
+    /// The same for port 22.
+    pub port_22: Fact<Vec<Listener>>,
 }
 
 /// An address and what answers there.
@@ -64,12 +63,16 @@ impl Control for SshdPort {
             let answer = Fact::new("a TCP connection", sshd::knock(address, port).await);
             answers.push(Knock { address: SocketAddr::new(address, port), answer });
         }
+        let service = unit(sshd::SERVICE).await;
+        let pid = service.as_ref().map_or(0, |unit| unit.main_pid);
+        let sockets = "/proc/net/tcp, /proc/net/tcp6, /proc/PID/fd";
         Facts {
             effective: Fact::new("sshd -T", sshd::effective().await),
-            service: Fact::new("systemd (D-Bus)", unit(sshd::SERVICE).await),
+            service: Fact::new("systemd (D-Bus)", service),
             socket: Fact::new("systemd (D-Bus)", unit(sshd::SOCKET).await),
             answers,
-            port_22: Fact::new("/proc/net/tcp, /proc/net/tcp6", sshd::listeners(WELL_KNOWN)),
+            listeners: Fact::new(sockets, sshd::listeners(port, pid)),
+            port_22: Fact::new(sockets, sshd::listeners(WELL_KNOWN, pid)),
         }
     }
 
@@ -84,6 +87,14 @@ impl Control for SshdPort {
             Ok(Verdict::fail(expected.clone(), observed, "run `hostagent provision`"))
         };
         let effective = facts.effective.known()?;
+        let service = facts.service.known()?;
+        if service.active_state != "active" {
+            return fail(format!("ssh.service is {}", service.active_state));
+        }
+        let listeners = facts.listeners.known()?;
+        if let Some(stranger) = listeners.iter().find(|l| !l.owned) {
+            return fail(format!("what listens on {} is not ssh.service", stranger.address));
+        }
         let mut banner = None;
         for Knock { address, answer } in &facts.answers {
             if !sshd::expected_on(address.ip(), &effective.address_family) {
@@ -94,6 +105,13 @@ impl Control for SshdPort {
                 // A machine without IPv6 cannot be reached by it.
                 Answer::NoAddressFamily if address.is_ipv6() => {}
                 Answer::Refused => return fail(format!("nothing listens on {address}")),
+                // It holds the port, and turned this peer away before its banner.
+                Answer::NotSsh(_) if !listeners.is_empty() => {
+                    return Err(Unknown(format!(
+                        "sshd holds {address}, but closed the connection before its banner; it may \
+                         be penalising a peer that connected often"
+                    )));
+                }
                 Answer::NotSsh(text) => {
                     return fail(format!("what answers on {address} is not sshd: {text:?}"));
                 }
@@ -101,9 +119,12 @@ impl Control for SshdPort {
             }
         }
         let Some(banner) = banner else { return fail(format!("nothing answers on port {port}")) };
+        if listeners.is_empty() {
+            return Err(Unknown(format!("who listens on port {port} could not be seen")));
+        }
         let on_22 = facts.port_22.known()?;
         if port != WELL_KNOWN && !on_22.is_empty() {
-            return fail(format!("{} still listens", on_22[0]));
+            return fail(format!("{} still listens", on_22[0].address));
         }
         if effective.ports != [port] {
             let ports: Vec<String> = effective.ports.iter().map(ToString::to_string).collect();
@@ -134,12 +155,13 @@ impl Control for SshdPort {
                 service.active_state
             )));
         }
-        if facts.effective.known()?.ports == [port]
-            && !facts.port_22.known()?.is_empty()
-            && port != WELL_KNOWN
-        {
-            let why = "sshd is configured for its port only, so something else listens on port 22";
-            return Ok(Plan::refuse(format!("{why}; see `ss -ltnp sport = 22`")));
+        let strangers = [facts.listeners.known()?, facts.port_22.known()?];
+        if let Some(stranger) = strangers.into_iter().flatten().find(|l| !l.owned) {
+            let address = stranger.address;
+            return Ok(Plan::refuse(format!(
+                "something other than sshd listens on {address}; see `ss -ltnp sport = {}`",
+                address.port()
+            )));
         }
         Ok(Plan::Steps(vec![Step::MoveSshd { port }]))
     }
@@ -154,7 +176,13 @@ mod tests {
         Fact::new("t", Ok(Unit { active_state: active.into(), ..Unit::default() }))
     }
 
-    fn facts(ports: &[u16], v4: Answer, v6: Answer, on_22: usize) -> Facts {
+    fn listening(port: u16, owned: bool) -> Listener {
+        Listener { address: SocketAddr::new(LOOPBACKS[0], port), owned }
+    }
+
+    /// sshd listens on 2222 if anything answers there, and on 22 if `on_22`.
+    fn facts(ports: &[u16], v4: Answer, v6: Answer, on_22: bool) -> Facts {
+        let up = v4 != Answer::Refused;
         let answers = LOOPBACKS
             .into_iter()
             .zip([v4, v6])
@@ -163,6 +191,7 @@ mod tests {
                 answer: Fact::new("t", Ok(answer)),
             })
             .collect();
+        let list = |on: bool, port| if on { vec![listening(port, true)] } else { vec![] };
         Facts {
             effective: Fact::new(
                 "t",
@@ -171,7 +200,8 @@ mod tests {
             service: unit("active"),
             socket: unit("inactive"),
             answers,
-            port_22: Fact::new("t", Ok(vec!["10.0.0.5:22".parse().unwrap(); on_22])),
+            listeners: Fact::new("t", Ok(list(up, 2222))),
+            port_22: Fact::new("t", Ok(list(on_22, 22))),
         }
     }
 
@@ -186,23 +216,26 @@ mod tests {
             Ok(Plan::Nothing) => "nothing",
             Ok(Plan::Steps(steps)) if steps == [Step::MoveSshd { port: 2222 }] => "move",
             Ok(Plan::Steps(steps)) => panic!("{steps:?}"),
-            Ok(Plan::Refuse { .. }) | Err(_) => "refuse",
+            Ok(Plan::Refuse { .. } | Plan::Contain { .. }) | Err(_) => "refuse",
         };
         (word, plan)
     }
 
     #[test]
     fn only_a_banner_in_every_family_and_silence_on_22_pass() {
+        let not_ssh = || Answer::NotSsh("220".into());
         let table = [
-            (facts(&[2222], banner(), banner(), 0), ("pass", "nothing")),
-            (facts(&[2222], banner(), Answer::NoAddressFamily, 0), ("pass", "nothing")),
-            (facts(&[22], Answer::Refused, Answer::Refused, 1), ("fail", "move")),
-            (facts(&[22, 2222], banner(), banner(), 1), ("fail", "move")),
-            (facts(&[22, 2222], banner(), banner(), 0), ("fail", "move")),
-            (facts(&[2222], banner(), Answer::Refused, 0), ("fail", "move")),
-            (facts(&[2222], Answer::NoAddressFamily, banner(), 0), ("fail", "move")),
-            (facts(&[2222], Answer::NotSsh("220".into()), banner(), 0), ("fail", "move")),
-            (facts(&[2222], banner(), banner(), 1), ("fail", "refuse")),
+            (facts(&[2222], banner(), banner(), false), ("pass", "nothing")),
+            (facts(&[2222], banner(), Answer::NoAddressFamily, false), ("pass", "nothing")),
+            (facts(&[22], Answer::Refused, Answer::Refused, true), ("fail", "move")),
+            (facts(&[22, 2222], banner(), banner(), true), ("fail", "move")),
+            (facts(&[22, 2222], banner(), banner(), false), ("fail", "move")),
+            (facts(&[2222], banner(), Answer::Refused, false), ("fail", "move")),
+            (facts(&[2222], Answer::NoAddressFamily, banner(), false), ("fail", "move")),
+            // Configured, and never reloaded: what listens counts.
+            (facts(&[2222], Answer::Refused, Answer::Refused, true), ("fail", "move")),
+            (facts(&[2222], banner(), banner(), true), ("fail", "move")),
+            (facts(&[2222], not_ssh(), banner(), false), ("unknown", "refuse")),
         ];
         for (i, (facts, expected)) in table.iter().enumerate() {
             assert_eq!(outcome(facts), *expected, "row {i}");
@@ -210,11 +243,29 @@ mod tests {
     }
 
     #[test]
+    fn a_stranger_on_a_port_is_not_sshd() {
+        let good = || facts(&[2222], banner(), banner(), false);
+        let mut stranger = good();
+        stranger.listeners =
+            Fact::new("t", Ok(vec![listening(2222, true), listening(2222, false)]));
+        assert_eq!(outcome(&stranger), ("fail", "refuse"));
+        let mut on_22 = good();
+        on_22.port_22 = Fact::new("t", Ok(vec![listening(22, false)]));
+        assert_eq!(outcome(&on_22), ("fail", "refuse"));
+        let mut dead = good();
+        dead.service = unit("failed");
+        assert_eq!(outcome(&dead), ("fail", "refuse"));
+    }
+
+    #[test]
     fn what_cannot_be_seen_never_passes() {
-        let good = || facts(&[2222], banner(), banner(), 0);
-        let cases: [fn(&mut Facts); 3] = [
+        let good = || facts(&[2222], banner(), banner(), false);
+        let cases: [fn(&mut Facts); 6] = [
             |f| f.effective = Fact::new("t", Err(anyhow!("x"))),
+            |f| f.service = Fact::new("t", Err(anyhow!("x"))),
             |f| f.answers[1].answer = Fact::new("t", Err(anyhow!("x"))),
+            |f| f.listeners = Fact::new("t", Err(anyhow!("x"))),
+            |f| f.listeners = Fact::new("t", Ok(vec![])),
             |f| f.port_22 = Fact::new("t", Err(anyhow!("x"))),
         ];
         for (i, hide) in cases.into_iter().enumerate() {
@@ -228,20 +279,17 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_or_a_dead_service_is_left_alone() {
-        let mut socket = facts(&[22], Answer::Refused, Answer::Refused, 1);
+    fn a_socket_is_left_alone() {
+        let mut socket = facts(&[22], Answer::Refused, Answer::Refused, true);
         socket.socket = unit("active");
         assert_eq!(outcome(&socket), ("fail", "refuse"));
-        let mut dead = facts(&[22], Answer::Refused, Answer::Refused, 0);
-        dead.service = unit("inactive");
-        assert_eq!(outcome(&dead), ("fail", "refuse"));
     }
 
     #[test]
     fn port_22_is_honoured_when_it_is_configured() {
         let mut config = Config::default();
         config.sshd.port = crate::config::Port::try_from(22).unwrap();
-        let mut facts = facts(&[22], banner(), banner(), 2);
+        let mut facts = facts(&[22], banner(), banner(), true);
         for knock in &mut facts.answers {
             knock.address.set_port(22);
         }

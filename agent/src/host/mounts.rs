@@ -21,6 +21,8 @@ pub struct Mount {
     pub fs_type: String,
     /// The options of this mount, sorted.
     pub options: Vec<String>,
+    /// Whether the filesystem itself is read-only, as ext4 becomes when its journal fails.
+    pub read_only: bool,
 }
 
 /// All mounts of this process's namespace, in the order in which they were made.
@@ -50,6 +52,7 @@ fn convert(info: MountInfo) -> Result<Mount> {
         mount_point: info.mount_point.to_string_lossy().into_owned(),
         fs_type: info.fs_type,
         options,
+        read_only: info.super_options.contains_key("ro"),
     })
 }
 

@@ -39,8 +39,8 @@ pub struct Effective {
 
 /// Asks sshd for its effective configuration.
 pub async fn effective() -> Result<Effective> {
-    // For a plain connection: without -C, sshd refuses where a Match block needs to know.
-    let args = ["-T", "-C", "user=root,host=localhost,addr=127.0.0.1"];
+    // For a plain connection: where a Match block asks for one of these, sshd wants to know it.
+    let args = ["-T", "-C", "user=root,host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22"];
     let output = command::run(command::SSHD, &args, Duration::from_secs(30)).await?;
     let effective = parse_effective(&output.success()?);
     if effective.ports.is_empty() {
@@ -121,54 +121,110 @@ pub async fn knock(address: IpAddr, port: u16) -> Result<Answer> {
 pub const LOOPBACKS: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
 
-/// The local addresses on which something listens on `port`, whichever they are.
-pub fn listeners(port: u16) -> Result<Vec<SocketAddr>> {
+/// A socket that listens, and whose it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Listener {
+    /// The local address and port.
+    pub address: SocketAddr,
+    /// Whether the process that was asked about holds it.
+    pub owned: bool,
+}
+
+/// What listens on `port`, on whichever address, and whether it is the process `pid` that does.
+pub fn listeners(port: u16, pid: u32) -> Result<Vec<Listener>> {
     let mut entries = procfs::net::tcp().context("reading /proc/net/tcp")?;
     // A kernel without IPv6 has no such file.
     if Path::new("/proc/net/tcp6").exists() {
         entries.extend(procfs::net::tcp6().context("reading /proc/net/tcp6")?);
     }
+    entries.retain(|e| e.state == TcpState::Listen && e.local_address.port() == port);
+    if entries.is_empty() {
+        return Ok(Vec::new());
+    }
+    let own = if pid == 0 { Vec::new() } else { sockets_of(pid)? };
     Ok(entries
         .into_iter()
-        .filter(|e| e.state == TcpState::Listen && e.local_address.port() == port)
-        .map(|e| e.local_address)
+        .map(|e| Listener { address: e.local_address, owned: own.contains(&e.inode) })
         .collect())
+}
+
+/// The inodes of the sockets that a process holds open.
+fn sockets_of(pid: u32) -> Result<Vec<u64>> {
+    let doing = || format!("listing the sockets of process {pid}");
+    let mut inodes = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).with_context(doing)? {
+        // A descriptor may be closed between the listing and the look.
+        let Ok(target) = std::fs::read_link(entry.with_context(doing)?.path()) else { continue };
+        let inode = target.to_str().and_then(|t| t.strip_prefix("socket:[")?.strip_suffix(']'));
+        inodes.extend(inode.and_then(|text| text.parse::<u64>().ok()));
+    }
+    Ok(inodes)
 }
 
 /// Moves sshd to `port`, and away from every other port.
 ///
 /// First sshd listens on the old ports and the new one; only when the new one answers are the old
 /// ones given up; and if anything is not as it should be, the configuration is what it was and sshd
-/// answers on the old ports, or the error says that it does not.
+/// answers on the old ports, or the error says that it does not. What counts is what listens, not
+/// what the configuration says: it may not be in force.
 pub async fn move_port(systemd: &Systemd, port: u16) -> Result<()> {
     let drop_in = Path::new(DROP_IN);
     let before = files::read_optional(drop_in)?;
-    // sshd refuses to check its configuration without its privilege separation directory.
-    std::fs::DirBuilder::new().recursive(true).create("/run/sshd").context("making /run/sshd")?;
-    let old = effective().await.context("reading sshd's configuration before any change")?;
+    let pid = main_pid(systemd).await?;
+    let mut old = effective().await.context("reading sshd's configuration before any change")?;
+    for candidate in [WELL_KNOWN, port] {
+        let live = listeners(candidate, pid)?;
+        if let Some(stranger) = live.iter().find(|l| candidate == port && !l.owned) {
+            bail!(
+                "something other than sshd listens on {}; sshd is not moved there",
+                stranger.address
+            );
+        }
+        if !live.is_empty() && !old.ports.contains(&candidate) {
+            old.ports.push(candidate);
+        }
+    }
+    let already = !listeners(port, pid)?.is_empty();
 
     let result = async {
-        if !old.ports.contains(&port) {
+        if !already {
             let mut both = old.ports.clone();
-            both.push(port);
+            if !both.contains(&port) {
+                both.push(port);
+            }
             set_ports(systemd, drop_in, &both).await?;
-            answers(port, &old.address_family).await?;
+            answers(systemd, port, &old.address_family).await?;
             info!(control = "sshd-port", "sshd answers on {port}; giving up the other ports");
         }
         set_ports(systemd, drop_in, &[port]).await?;
-        answers(port, &old.address_family).await?;
-        gone(&old.ports, port).await
+        // In this order: while an old port listens, what answers may be the process from before.
+        gone(&old.ports, port).await?;
+        answers(systemd, port, &old.address_family).await
     }
     .await;
 
     let Err(error) = result else { return Ok(()) };
     warn!(control = "sshd-port", "undoing the change to sshd: {error:#}");
+    old.ports.retain(|p| *p != port || already);
     match undo(systemd, drop_in, before.as_deref(), &old).await {
         Ok(()) => Err(error.context("sshd was not moved, and is as it was before")),
         Err(undoing) => Err(error.context(format!(
-            "sshd was not moved, and bringing it back failed too ({undoing:#}); do not close your session"
+            "sshd was not moved, and bringing it back failed too ({undoing:#}); do not close your \
+             session"
         ))),
     }
+}
+
+/// The port that everybody tries.
+pub const WELL_KNOWN: u16 = 22;
+
+/// The process of sshd's that listens; an error if the service does not run.
+async fn main_pid(systemd: &Systemd) -> Result<u32> {
+    let unit = systemd.unit(SERVICE).await?;
+    if unit.active_state != "active" || unit.main_pid == 0 {
+        bail!("{SERVICE} is {}", unit.active_state);
+    }
+    Ok(unit.main_pid)
 }
 
 async fn set_ports(systemd: &Systemd, drop_in: &Path, ports: &[u16]) -> Result<()> {
@@ -220,26 +276,38 @@ fn who_says(port: u16) -> String {
     if names.is_empty() { "see `sshd -T`".to_owned() } else { names.join(", ") }
 }
 
-/// Waits until sshd answers on `port` in every address family that it is configured for.
-async fn answers(port: u16, family: &str) -> Result<()> {
+/// Waits until sshd itself answers on `port` in every address family that it is configured for.
+async fn answers(systemd: &Systemd, port: u16, family: &str) -> Result<()> {
     let until = Instant::now() + ANSWER_DEADLINE;
+    let mut waiting: Vec<IpAddr> =
+        LOOPBACKS.into_iter().filter(|address| expected_on(*address, family)).collect();
     loop {
-        let mut missing = None;
-        for address in LOOPBACKS {
-            if !expected_on(address, family) {
-                continue;
-            }
+        let mut last = None;
+        let mut still = Vec::new();
+        // What has answered is not asked again: sshd 9.8 and later turns a peer away that connects
+        // often without logging in (PerSourcePenalties in sshd_config(5)).
+        for address in waiting {
             match knock(address, port).await {
                 Ok(Answer::Banner(_)) => {}
                 Ok(Answer::NoAddressFamily) if address.is_ipv6() => {}
-                other => missing = Some((address, other)),
+                other => {
+                    last = Some((address, other));
+                    still.push(address);
+                }
             }
         }
-        let Some((address, other)) = missing else { return Ok(()) };
+        waiting = still;
+        let Some((address, other)) = last else { break };
         if Instant::now() > until {
             bail!("sshd does not answer on {}: {other:?}", SocketAddr::new(address, port));
         }
-        sleep(Duration::from_millis(200)).await;
+        sleep(Duration::from_millis(500)).await;
+    }
+    let listeners = listeners(port, main_pid(systemd).await?)?;
+    match listeners.iter().find(|l| !l.owned) {
+        Some(stranger) => bail!("what answers on {} is not {SERVICE}", stranger.address),
+        None if listeners.is_empty() => bail!("nothing listens on port {port} any more"),
+        None => Ok(()),
     }
 }
 
@@ -258,12 +326,12 @@ async fn gone(old: &[u16], new: u16) -> Result<()> {
     let until = Instant::now() + ANSWER_DEADLINE;
     for port in old.iter().filter(|p| **p != new) {
         loop {
-            let still = listeners(*port)?;
+            let still = listeners(*port, 0)?;
             if still.is_empty() {
                 break;
             }
             if Instant::now() > until {
-                bail!("something still listens on {}", still[0]);
+                bail!("something still listens on {}", still[0].address);
             }
             sleep(Duration::from_millis(200)).await;
         }
@@ -277,17 +345,19 @@ async fn undo(
     before: Option<&str>,
     old: &Effective,
 ) -> Result<()> {
-    match before {
-        Some(text) => files::write_atomic(drop_in, text, 0o644)?,
-        None => files::remove(drop_in)?,
-    }
-    // A reload that sshd itself refuses leaves the old process running; a start revives a dead one.
+    let restored = match before {
+        Some(text) => files::write_atomic(drop_in, text, 0o644),
+        None => files::remove(drop_in),
+    };
+    // Even if the file could not be put back: a daemon on any port is better than none. A reload
+    // that sshd refuses leaves the old process running; a start revives a dead one.
     if let Err(e) = systemd.reload(SERVICE, Duration::from_secs(60)).await {
         warn!(control = "sshd-port", "{e:#}");
         systemd.start(SERVICE, Duration::from_secs(60)).await?;
     }
+    restored?;
     for port in &old.ports {
-        answers(*port, &old.address_family).await?;
+        answers(systemd, *port, &old.address_family).await?;
     }
     Ok(())
 }
@@ -338,11 +408,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn listeners_are_found_on_any_address() {
+    async fn listeners_are_found_on_any_address_with_their_owner() {
         let listener = TcpListener::bind("127.0.0.9:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        assert_eq!(listeners(address.port()).unwrap(), [address]);
+        let seen = |pid| listeners(address.port(), pid).unwrap();
+        assert_eq!(seen(std::process::id()), [Listener { address, owned: true }]);
+        assert_eq!(seen(0), [Listener { address, owned: false }]);
         drop(listener);
-        assert!(listeners(address.port()).unwrap().is_empty());
+        assert!(seen(0).is_empty());
     }
 }

@@ -40,4 +40,10 @@ mod tests {
         assert!(text.contains("\nurl='http://there'\nsha256='abc'\n"));
         assert!(!text.contains("example.com"));
     }
+
+    #[test]
+    fn readme_shows_what_is_tested() {
+        let readme = include_str!("../../../README.md");
+        assert!(readme.contains(&format!("```sh\n{}```\n", super::TEXT)));
+    }
 }

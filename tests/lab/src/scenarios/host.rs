@@ -171,13 +171,13 @@ pub(super) fn expect_not_ready(stage: &mut Stage, verdicts: &[(&str, &str)]) -> 
 
 /// Expects the signals that were sent to the stack and to the group.
 pub(super) fn expect_signals(stage: &Stage, stack: &[&str], group: &[&str]) -> Result<()> {
-    let state = stage.cloud.stack_state(STACK)?;
-    let said: Vec<&str> = state.signals.iter().map(|s| s.status.as_str()).collect();
+    let seen = stage.cloud.stack_state(STACK)?;
+    let said: Vec<&str> = seen.signals.iter().map(|s| s.status.as_str()).collect();
     ensure!(said == stack, "the stack was told {said:?}, not {stack:?}");
     let own = |s: &crate::cloud::Signal| s.unique_id == INSTANCE_ID && s.resource == RESOURCE;
-    ensure!(state.signals.iter().all(own), "a signal is not this host's: {:?}", state.signals);
-    let state = stage.cloud.group_state(GROUP)?;
-    let said: Vec<&str> = state.completions.iter().map(|c| c.result.as_str()).collect();
+    ensure!(seen.signals.iter().all(own), "a signal is not this host's: {:?}", seen.signals);
+    let seen = stage.cloud.group_state(GROUP)?;
+    let said: Vec<&str> = seen.completions.iter().map(|c| c.result.as_str()).collect();
     ensure!(said == group, "the group was told {said:?}, not {group:?}");
     Ok(())
 }

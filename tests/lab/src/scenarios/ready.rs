@@ -45,7 +45,9 @@ pub(super) fn cold_boot(stage: &mut Stage) -> Result<()> {
     guest
         .sh("systemctl is-active hostagent.service")
         .context("hostagent does not wait any more")?;
-    guest.sh("! systemctl is-active --quiet docker.service").context("Docker runs already")?;
+    guest
+        .until("! systemctl is-active --quiet docker.service", Duration::from_secs(60))
+        .context("Docker runs already")?;
     guest.sh("test -e /var/lib/cloud/instance/boot-finished")?;
 
     stage.attach(&host::volume(), host::DEVICE)?;
@@ -100,11 +102,11 @@ pub(super) fn second_run(stage: &mut Stage) -> Result<()> {
 
 /// The lines that are not in both.
 fn difference(before: &str, after: &str) -> String {
-    let only = |mark: char, these: &str, those: &str| -> String {
+    let only = |mark: &'static str, these: &str, those: &str| -> String {
         let missing = |line: &&str| !those.lines().any(|other| other == *line);
-        these.lines().filter(missing).map(|line| format!("{mark} {line}\n")).collect()
+        these.lines().filter(missing).flat_map(|line| [mark, " ", line, "\n"]).collect()
     };
-    only('-', before, after) + &only('+', after, before)
+    only("-", before, after) + &only("+", after, before)
 }
 
 pub(super) fn late_volume(stage: &mut Stage) -> Result<()> {
