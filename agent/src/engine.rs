@@ -214,7 +214,8 @@ async fn converge(cx: &Context, control: &'static dyn Check) -> Outcome {
     let about = control.about();
     let mut applied: Vec<Applied> = Vec::new();
     let mut last: Vec<Step> = Vec::new();
-    let mut stopped = None;
+    // No further round, and perhaps why: a step that failed says it itself.
+    let (mut last_round, mut stopped) = (false, None);
     for _ in 0..MAX_ROUNDS {
         let finding = check(cx, control).await;
         if !finding.verdict.lets_through() {
@@ -226,7 +227,7 @@ async fn converge(cx: &Context, control: &'static dyn Check) -> Outcome {
             Plan::Contain { steps, why } => (steps.clone(), Some(why.clone())),
             Plan::Nothing | Plan::Refuse { .. } => (Vec::new(), None),
         };
-        if stopped.is_some() || steps.is_empty() || steps == last {
+        if last_round || steps.is_empty() || steps == last {
             let outcome = Outcome::from(about, finding);
             let refusal = stopped.or(outcome.refusal).filter(|_| !outcome.verdict.lets_through());
             return Outcome { steps: applied, refusal, ..outcome };
@@ -234,6 +235,7 @@ async fn converge(cx: &Context, control: &'static dyn Check) -> Outcome {
         for step in &steps {
             if cx.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 stopped = Some(format!("the run's deadline passed before: {step}"));
+                last_round = true;
                 break;
             }
             info!(control = about.id, "{step}");
@@ -244,14 +246,13 @@ async fn converge(cx: &Context, control: &'static dyn Check) -> Outcome {
                     StepResult::Failed(format!("{e:#}"))
                 }
             };
-            if let StepResult::Failed(why) = &result {
-                stopped = Some(format!("{step}: {why}"));
-            }
+            last_round = matches!(result, StepResult::Failed(_));
             applied.push(Applied { text: step.to_string(), step: step.clone(), result });
-            if stopped.is_some() {
+            if last_round {
                 break;
             }
         }
+        last_round |= contained.is_some();
         stopped = stopped.or(contained);
         last = steps;
     }

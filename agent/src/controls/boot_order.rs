@@ -93,7 +93,7 @@ impl Control for BootOrder {
                 }
                 guarded.push(*name);
             }
-            if let (true, Err(Unknown(why))) = (unit.is_up(), facts.gate.known()) {
+            if let (true, Err(Unknown(why))) = (runs(name, unit), facts.gate.known()) {
                 return Ok(Verdict::fail(
                     "nothing of Docker's runs that the gate would not let start",
                     format!("{name} is {}, and the gate says: {why}", unit.active_state),
@@ -118,7 +118,8 @@ impl Control for BootOrder {
         }
         if facts.gate.known().is_err() {
             for NamedUnit { name, unit } in &facts.units {
-                if *name != AGENT && unit.known()?.is_up() && !steps.contains(&Step::StopDocker) {
+                if *name != AGENT && runs(name, unit.known()?) && !steps.contains(&Step::StopDocker)
+                {
                     steps.push(Step::StopDocker);
                 }
             }
@@ -130,6 +131,11 @@ impl Control for BootOrder {
 /// Whether systemd could start the unit at all.
 fn startable(unit: &Unit) -> bool {
     !matches!(unit.load_state.as_str(), "not-found" | "masked")
+}
+
+/// Whether something of the unit runs. A service that systemd is about to try again does not.
+fn runs(name: &str, unit: &Unit) -> bool {
+    unit.is_up() && (name.ends_with(".socket") || unit.main_pid != 0)
 }
 
 /// Why the unit could start on the wrong disk, if it could.
@@ -177,6 +183,7 @@ mod tests {
             load_state: "loaded".into(),
             active_state: active.into(),
             unit_file_state: "enabled".into(),
+            main_pid: u32::from(active != "inactive") * 7,
             requires_mounts_for: STORAGE.map(|(path, _)| path.to_owned()).to_vec(),
             exec_start_pre: vec![ExecCommand {
                 argv: GATE.map(str::to_owned).to_vec(),

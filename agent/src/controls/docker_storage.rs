@@ -30,6 +30,8 @@ pub struct Facts {
     /// All mounts.
     #[serde(skip)]
     pub mounts: Fact<Vec<Mount>>,
+    /// Where the daemons' configuration files move their storage, if they do.
+    pub moved: Fact<Option<String>>,
     /// The two storage directories.
     pub directories: Vec<Directory>,
     /// `containerd.service` and `docker.service`, in the order in which they start.
@@ -115,6 +117,7 @@ impl Control for DockerStorage {
         Facts {
             disk: Fact::new("/sys/block", data_volume::fit_disk(cx).await),
             mounts: Fact::new("/proc/self/mountinfo", mounts::all()),
+            moved: Fact::new("daemon.json, config.toml", docker::moved_by_configuration()),
             directories,
             daemons,
             socket: loaded(systemd.as_ref(), SOCKET).await,
@@ -132,6 +135,13 @@ impl Control for DockerStorage {
                 remedy,
             ))
         };
+        if let Some(moved) = facts.moved.known()? {
+            return Ok(Verdict::fail(
+                format!("Docker's and containerd's storage on {volume}"),
+                moved,
+                "remove that setting; hostagent mounts the default directories from the volume",
+            ));
+        }
         if let Some(stray) = gate::stray_mount(&config.volume, disk.number, facts.mounts.known()?) {
             let (path, device) = (&stray.mount_point, stray.device);
             return fail(format!("{path} is mounted from the device {device}, not from {volume}"));
@@ -179,6 +189,12 @@ impl Control for DockerStorage {
         let Some(volume_id) = disk.volume_id() else {
             return Err(Unknown("the disk has no volume id".into()));
         };
+        if let Some(moved) = facts.moved.known()? {
+            // The gate keeps the daemons from starting until then.
+            return Ok(Plan::refuse(format!(
+                "{moved}; the operator's configuration is not changed"
+            )));
+        }
         let (mut prepare, mut mount, mut reload) = (Vec::new(), Vec::new(), false);
         for directory in &facts.directories {
             if let Some(why) = directory.refusal(disk.number)? {
@@ -243,7 +259,9 @@ impl Control for DockerStorage {
                 steps.push(Step::StartUnit { unit: daemon.name.to_owned() });
             }
         }
-        if socket_is_missing(facts)? {
+        // docker.service brings its socket.
+        let docker = Step::StartUnit { unit: DAEMONS[1].to_owned() };
+        if socket_is_missing(facts)? && !steps.contains(&docker) {
             steps.push(Step::StartUnit { unit: SOCKET.to_owned() });
         }
         Ok(Plan::steps(steps))
@@ -435,6 +453,7 @@ mod tests {
                 }),
             ),
             mounts: Fact::new("t", Ok(vec![])),
+            moved: Fact::new("t", Ok(None)),
             directories: STORAGE.map(directory).into(),
             daemons: DAEMONS.map(daemon).into(),
             socket: Fact::new("t", Ok(unit("active", "enabled"))),
@@ -514,7 +533,9 @@ mod tests {
 
     #[test]
     fn anything_off_the_volume_fails() {
-        let cases: [(&str, Break); 9] = [
+        let cases: [(&str, Break); 11] = [
+            ("fail", |f| f.moved = Fact::new("t", Ok(Some("daemon.json sets data-root".into())))),
+            ("unknown", |f| f.moved = Fact::new("t", Err(anyhow!("not JSON")))),
             ("fail", |f| {
                 f.daemons[1].unit =
                     Fact::new("t", Ok(Unit { after: vec![], ..unit("active", "enabled") }));

@@ -163,7 +163,9 @@ pub(super) fn expect_not_ready(stage: &mut Stage, verdicts: &[(&str, &str)]) -> 
     let journal = guest
         .sh("journalctl -b -u hostagent.service -o cat HOSTAGENT_READY=false || \
          journalctl -b -o cat HOSTAGENT_READY=false")?;
-    for (control, _) in verdicts {
+    for (control, verdict) in verdicts {
+        let fields = format!("HOSTAGENT_CONTROL={control} HOSTAGENT_VERDICT={verdict}");
+        guest.sh(&format!("journalctl -b -o cat {fields} | grep -q ."))?;
         ensure!(journal.contains(control), "the journal does not name {control}: {journal}");
     }
     Ok(())

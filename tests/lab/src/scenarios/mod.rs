@@ -115,6 +115,17 @@ pub const ALL: &[Scenario] = &[
         "a change to sshd that cannot be completed is undone",
         refused::sshd_conflict,
     ),
+    installed("impostor", "another server on sshd's port is not taken for sshd", refused::impostor),
+    installed(
+        "data-root",
+        "Docker that is told to keep its data elsewhere does not start",
+        refused::data_root,
+    ),
+    installed(
+        "silent-metadata",
+        "without the metadata service nothing passes and nothing hangs",
+        refused::silent_metadata,
+    ),
     installed("configuration", "a bad configuration changes nothing", refused::configuration),
     installed(
         "one-at-a-time",

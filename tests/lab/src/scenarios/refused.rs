@@ -203,3 +203,79 @@ pub(super) fn one_at_a_time(stage: &mut Stage) -> Result<()> {
     }
     Ok(())
 }
+
+pub(super) fn impostor(stage: &mut Stage) -> Result<()> {
+    host::await_signals(stage)?;
+    stage.attach(&host::volume(), host::DEVICE)?;
+    let guest = stage.guest()?;
+    // Something else speaks SSH on the port that sshd is to have: its banner proves nothing.
+    let server = "import socket\n\
+        s = socket.create_server(('', 2222), family=socket.AF_INET6, dualstack_ipv6=True)\n\
+        while True:\n    c, _ = s.accept()\n    c.sendall(b'SSH-2.0-impostor\\r\\n')\n    c.close()\n";
+    guest.write("/run/impostor.py", server.as_bytes())?;
+    guest.sh("systemd-run --quiet python3 /run/impostor.py")?;
+    guest.until("ss -ltn | grep -q ':2222 '", Duration::from_secs(20))?;
+    refuses(stage, &[("sshd-port", "fail"), ("docker-storage", "fail")])?;
+    let guest = stage.guest()?;
+    guest
+        .sh("systemctl is-active ssh.service && ss -ltnp | grep ':22 ' | grep -q sshd")
+        .context("sshd is gone")?;
+    guest.sh("! test -e /etc/ssh/sshd_config.d/10-hostagent.conf").map(drop)
+}
+
+pub(super) fn data_root(stage: &mut Stage) -> Result<()> {
+    host::await_signals(stage)?;
+    stage.attach(&host::volume(), host::DEVICE)?;
+    let guest = stage.guest()?;
+    guest.sh(
+        "mkdir -p /etc/docker && echo '{\"data-root\": \"/srv/docker\"}' > /etc/docker/daemon.json",
+    )?;
+    refuses(stage, &[("docker-storage", "fail")])?;
+    let guest = stage.guest()?;
+    let gate = host::hostagent(guest, "gate")?;
+    ensure!(gate.status == 1 && !gate.stderr.is_empty(), "{gate:?}");
+    guest.sh("! test -e /srv/docker").context("Docker wrote to the root disk")?;
+    // The operator's file is left as it is.
+    guest.sh("grep -q /srv/docker /etc/docker/daemon.json")?;
+
+    guest.sh("rm /etc/docker/daemon.json")?;
+    host::provision(stage.guest()?, RUN)?;
+    host::expect_ready(stage)?;
+
+    // A disk mounted inside Docker's storage: what is written there leaves the volume.
+    let guest = stage.guest()?;
+    guest.sh(
+        "systemctl stop docker.socket docker.service && mkdir -p /srv/plain /var/lib/docker/containers && \
+         mount --bind /srv/plain /var/lib/docker/containers && ! systemctl start docker.service",
+    )
+    .context("Docker started on a stray mount")?;
+    let (status, report) = host::verify(guest)?;
+    // The socket that the refused start brought along would start Docker, if the gate let it.
+    ensure!(status == 1 && host::word(&report, "boot-order") == "fail", "{report:#}");
+    // The next run takes readiness back.
+    host::provision(guest, RUN)?;
+    guest.sh("! test -e /run/hostagent/ready && ! systemctl is-active --quiet hostagent-ready.target")
+        .context("the host is still called ready")
+        .map(drop)
+}
+
+pub(super) fn silent_metadata(stage: &mut Stage) -> Result<()> {
+    stage.attach(&host::volume(), host::DEVICE)?;
+    stage.cloud.fault(&Fault {
+        service: "imds".into(),
+        action: Some("latest/api/token".into()),
+        kind: "hang".into(),
+        ..Fault::default()
+    })?;
+    let guest = stage.guest()?;
+    let begun = std::time::Instant::now();
+    let (status, report) = host::verify(guest)?;
+    let took = begun.elapsed();
+    // Docker runs on the root disk and sshd on 22: that is known without AWS, and fails.
+    ensure!(status == 1, "verify ended with {status}: {report:#}");
+    for control in ["instance-tenancy", "data-volume", "data-filesystem", "docker-storage"] {
+        ensure!(host::word(&report, control) == "unknown", "{control}: {report:#}");
+    }
+    ensure!(took < Duration::from_secs(20), "verify took {took:?}");
+    Ok(())
+}
