@@ -305,7 +305,7 @@ impl Console {
 fn matters(line: &str) -> bool {
     let milestones =
         ["Linux version", "hostagent", "running 'init", "running 'modules", "finished at"];
-    milestones.iter().any(|word| line.contains(word))
+    !line.contains("ci-info") && milestones.iter().any(|word| line.contains(word))
         || (line.contains("nvme") && line.contains("] "))
 }
 
