@@ -121,8 +121,7 @@ fn judge(wanted: &Volume, facts: &Facts) -> Result<String> {
 }
 
 /// A mount below Docker's storage through which data would leave the volume.
-#[must_use]
-pub fn stray_mount<'a>(wanted: &Volume, device: DevNum, mounts: &'a [Mount]) -> Option<&'a Mount> {
+fn stray_mount<'a>(wanted: &Volume, device: DevNum, mounts: &'a [Mount]) -> Option<&'a Mount> {
     let storage = STORAGE.iter().flat_map(|(path, directory)| {
         [Path::new(path).to_path_buf(), wanted.mount_point.path().join(directory)]
     });

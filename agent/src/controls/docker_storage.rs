@@ -27,11 +27,8 @@ pub struct DockerStorage;
 pub struct Facts {
     /// The data volume's disk.
     pub disk: Fact<Disk>,
-    /// All mounts.
-    #[serde(skip)]
-    pub mounts: Fact<Vec<Mount>>,
-    /// Where the daemons' configuration files move their storage, if they do.
-    pub moved: Fact<Option<String>>,
+    /// What the gate says: why Docker may start; unknown says why it may not.
+    pub gate: Fact<String>,
     /// The two storage directories.
     pub directories: Vec<Directory>,
     /// `containerd.service` and `docker.service`, in the order in which they start.
@@ -116,8 +113,7 @@ impl Control for DockerStorage {
         }
         Facts {
             disk: Fact::new("/sys/block", data_volume::fit_disk(cx).await),
-            mounts: Fact::new("/proc/self/mountinfo", mounts::all()),
-            moved: Fact::new("daemon.json, config.toml", docker::moved_by_configuration()),
+            gate: Fact::new("hostagent gate", gate::check(&cx.config.volume)),
             directories,
             daemons,
             socket: loaded(systemd.as_ref(), SOCKET).await,
@@ -135,17 +131,6 @@ impl Control for DockerStorage {
                 remedy,
             ))
         };
-        if let Some(moved) = facts.moved.known()? {
-            return Ok(Verdict::fail(
-                format!("Docker's and containerd's storage on {volume}"),
-                moved,
-                "remove that setting; hostagent mounts the default directories from the volume",
-            ));
-        }
-        if let Some(stray) = gate::stray_mount(&config.volume, disk.number, facts.mounts.known()?) {
-            let (path, device) = (&stray.mount_point, stray.device);
-            return fail(format!("{path} is mounted from the device {device}, not from {volume}"));
-        }
         for directory in &facts.directories {
             if let Some(wrong) = directory.wrong_mount(disk.number)? {
                 return fail(wrong);
@@ -156,6 +141,9 @@ impl Control for DockerStorage {
                     directory.path
                 ));
             }
+        }
+        if let Err(Unknown(why)) = facts.gate.known() {
+            return fail(format!("the gate is closed: {why}"));
         }
         let mut running = Vec::new();
         for daemon in &facts.daemons {
@@ -189,12 +177,6 @@ impl Control for DockerStorage {
         let Some(volume_id) = disk.volume_id() else {
             return Err(Unknown("the disk has no volume id".into()));
         };
-        if let Some(moved) = facts.moved.known()? {
-            // The gate keeps the daemons from starting until then.
-            return Ok(Plan::refuse(format!(
-                "{moved}; the operator's configuration is not changed"
-            )));
-        }
         let (mut prepare, mut mount, mut reload) = (Vec::new(), Vec::new(), false);
         for directory in &facts.directories {
             if let Some(why) = directory.refusal(disk.number)? {
@@ -252,6 +234,10 @@ impl Control for DockerStorage {
         }
         steps.extend(prepare);
         steps.extend(mount);
+        if let (true, Err(Unknown(why))) = (steps.is_empty(), facts.gate.known()) {
+            // The storage is in place, and still the gate would not let Docker start.
+            return Ok(Plan::refuse(format!("the gate is closed: {why}")));
+        }
         for daemon in &facts.daemons {
             let unit = daemon.unit.known()?;
             let was_up = misplaced && unit.is_up();
@@ -452,8 +438,7 @@ mod tests {
                     size: 8 << 30,
                 }),
             ),
-            mounts: Fact::new("t", Ok(vec![])),
-            moved: Fact::new("t", Ok(None)),
+            gate: Fact::new("t", Err(anyhow!("nothing is mounted on /data"))),
             directories: STORAGE.map(directory).into(),
             daemons: DAEMONS.map(daemon).into(),
             socket: Fact::new("t", Ok(unit("active", "enabled"))),
@@ -462,6 +447,7 @@ mod tests {
 
     fn ready() -> Facts {
         let mut facts = fresh();
+        facts.gate = Fact::new("t", Ok("open".into()));
         for directory in &mut facts.directories {
             let path = unit_path(&unit_name(Path::new(directory.path), "mount"));
             directory.mounts = Fact::new(
@@ -529,13 +515,24 @@ mod tests {
         );
     }
 
+    #[test]
+    fn docker_is_started_only_through_an_open_gate() {
+        let mut mounted = ready();
+        for daemon in &mut mounted.daemons {
+            daemon.unit = Fact::new("t", Ok(unit("inactive", "enabled")));
+            daemon.held = Fact::new("t", Ok(None));
+        }
+        assert_eq!(plan(&mounted), ["start containerd.service", "start docker.service"]);
+        mounted.gate = Fact::new("t", Err(anyhow!("daemon.json sets data-root")));
+        assert!(plan(&mounted)[0].starts_with("refuse: the gate is closed"));
+    }
+
     type Break = fn(&mut Facts);
 
     #[test]
     fn anything_off_the_volume_fails() {
-        let cases: [(&str, Break); 11] = [
-            ("fail", |f| f.moved = Fact::new("t", Ok(Some("daemon.json sets data-root".into())))),
-            ("unknown", |f| f.moved = Fact::new("t", Err(anyhow!("not JSON")))),
+        let cases: [(&str, Break); 10] = [
+            ("fail", |f| f.gate = Fact::new("t", Err(anyhow!("daemon.json sets data-root")))),
             ("fail", |f| {
                 f.daemons[1].unit =
                     Fact::new("t", Ok(Unit { after: vec![], ..unit("active", "enabled") }));
@@ -576,21 +573,6 @@ mod tests {
         assert!(judge(&facts).starts_with("fail"));
         let plan = DockerStorage.plan(&Config::default(), &facts).unwrap();
         assert!(matches!(plan, Plan::Contain { steps, .. } if steps == [Step::StopDocker]));
-    }
-
-    #[test]
-    fn a_disk_mounted_inside_the_storage_fails() {
-        let mut facts = ready();
-        let stray = Mount {
-            device: ROOT,
-            root: "/".into(),
-            mount_point: "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs".into(),
-            fs_type: "ext4".into(),
-            options: vec![],
-            read_only: false,
-        };
-        facts.mounts = Fact::new("t", Ok(vec![stray]));
-        assert!(judge(&facts).starts_with("fail"), "{}", judge(&facts));
     }
 
     #[test]
