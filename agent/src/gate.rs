@@ -50,9 +50,11 @@ pub fn check(volume: &Volume) -> Result<String> {
     };
     let mut seen = Vec::new();
     for path in [mount_point].into_iter().chain(STORAGE.map(|(path, _)| Path::new(path))) {
-        // An absent directory is no mount either, which is said more clearly below.
-        if let Ok(meta) = std::fs::metadata(path) {
-            seen.push((path.display().to_string(), DevNum::of(meta.dev())));
+        match std::fs::metadata(path) {
+            Ok(meta) => seen.push((path.display().to_string(), DevNum::of(meta.dev()))),
+            // An absent directory is no mount either, which is said more clearly below.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e).with_context(|| format!("looking at {}", path.display())),
         }
     }
     let facts = Facts {
