@@ -9,10 +9,14 @@
 mod file;
 mod values;
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
+use crate::host::block::VolumeId;
+
 pub use file::{ConfigError, Loaded, load};
-pub use values::{DeviceName, KeyArn, MountPoint, Name, Port, Seconds};
+pub use values::{AssembledDevice, DeviceName, KeyArn, MountPoint, Name, Port, Seconds, Tag};
 
 /// Where the configuration is read from unless `--config` names another file.
 pub const DEFAULT_PATH: &str = "/etc/hostagent/hostagent.toml";
@@ -70,8 +74,11 @@ impl Tenancy {
 /// `[volume]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Volume {
-    /// The name under which EC2 has the volume attached, such as `/dev/sdf`. Never a kernel name.
-    pub device: DeviceName,
+    /// Which of the attached volumes it is.
+    pub select: Select,
+    /// The device that stands on the selected volumes, where that is not the one volume's own disk:
+    /// LVM, md or dm-crypt, which hostagent does not make.
+    pub assembled: Option<AssembledDevice>,
     /// Where it is mounted.
     pub mount_point: MountPoint,
     /// The filesystem it carries.
@@ -93,11 +100,39 @@ impl Volume {
 impl Default for Volume {
     fn default() -> Self {
         Self {
-            device: DeviceName("/dev/sdf".into()),
+            select: Select::Device(vec![DeviceName("/dev/sdf".into())]),
+            assembled: None,
             mount_point: MountPoint("/data".into()),
             filesystem: Filesystem::Ext4,
             kms_keys: Vec::new(),
             wait_seconds: Seconds(600),
+        }
+    }
+}
+
+/// How the data volume is chosen among those that EC2 has attached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Select {
+    /// By the names under which EC2 has them attached, such as `/dev/sdf`. Never kernel names.
+    Device(Vec<DeviceName>),
+    /// By their ids.
+    Id(Vec<VolumeId>),
+    /// All that carry this tag.
+    Tag(Tag),
+}
+
+impl fmt::Display for Select {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let join = |names: Vec<&str>| names.join(" and ");
+        match self {
+            Self::Device(names) => {
+                write!(f, "as {}", join(names.iter().map(DeviceName::as_str).collect()))
+            }
+            Self::Id(ids) => {
+                write!(f, "with the id {}", join(ids.iter().map(VolumeId::as_str).collect()))
+            }
+            Self::Tag(tag) => write!(f, "with the tag {tag}"),
         }
     }
 }

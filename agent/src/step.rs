@@ -18,11 +18,13 @@ use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use tracing::info;
 
 use crate::aws::cache::{self, Confirmation};
-use crate::config::{Config, Filesystem};
+use crate::config::Filesystem;
 use crate::control::Context;
-use crate::host::block::{self, Content, VolumeId};
+use crate::host::block::{self, Content, VolumeId, Volumes};
+use crate::host::chain;
 use crate::host::uevents::Uevents;
 use crate::host::{command, files, mounts, sshd};
+use crate::volume::{self, State};
 
 /// One change to the host, or one wait for something that changes it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -30,8 +32,8 @@ use crate::host::{command, files, mounts, sshd};
 pub enum Step {
     /// Wait until EC2 has the configured volume attached and the kernel has its disk.
     AwaitVolume {
-        /// EC2's device name.
-        device: String,
+        /// Which one, in words.
+        volume: String,
         /// The longest wait.
         seconds: u32,
     },
@@ -71,8 +73,8 @@ pub enum Step {
         path: PathBuf,
         /// Its mode.
         mode: u32,
-        /// The volume that must be mounted there.
-        volume_id: VolumeId,
+        /// The volumes that must be mounted there.
+        volumes: Volumes,
     },
     /// Make systemd read its unit files again.
     ReloadManager,
@@ -82,8 +84,8 @@ pub enum Step {
         unit: String,
         /// The device file that the unit mounts.
         link: PathBuf,
-        /// The volume that this must be.
-        volume_id: VolumeId,
+        /// The volumes that this must be.
+        volumes: Volumes,
     },
     /// Start a unit.
     StartUnit {
@@ -102,11 +104,11 @@ pub enum Step {
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::AwaitVolume { device, seconds } => {
-                write!(f, "wait up to {seconds} s for the volume {device} to be attached")
+            Self::AwaitVolume { volume, seconds } => {
+                write!(f, "wait up to {seconds} s for a volume to be attached {volume}")
             }
             Self::RememberVolume { confirmation } => {
-                write!(f, "remember that EC2 confirmed {}", confirmation.volume_id)
+                write!(f, "remember that EC2 confirmed {}", confirmation.ids())
             }
             Self::ForgetVolume => f.write_str("forget that EC2 confirmed a volume"),
             Self::FormatVolume { volume_id, filesystem, .. } => {
@@ -120,7 +122,7 @@ impl fmt::Display for Step {
                 write!(f, "make the directory {} (mode {mode:04o})", path.display())
             }
             Self::ReloadManager => f.write_str("make systemd read its units again"),
-            Self::MountVolume { unit, volume_id, .. } => write!(f, "mount {volume_id} ({unit})"),
+            Self::MountVolume { unit, volumes, .. } => write!(f, "mount {volumes} ({unit})"),
             Self::StartUnit { unit } => write!(f, "start {unit}"),
             Self::StopDocker => f.write_str("stop Docker and containerd"),
             Self::MoveSshd { port } => write!(f, "move sshd to port {port}"),
@@ -151,11 +153,11 @@ pub async fn apply(step: &Step, cx: &Context) -> Result<()> {
         }
         Step::PrepareMountPoint { path } => prepare_mount_point(path),
         Step::WriteFile { path, content, mode } => files::write_atomic(path, content, *mode),
-        Step::MakeDirectory { path, mode, volume_id } => make_directory(path, *mode, volume_id),
-        Step::ReloadManager => cx.host.systemd().await?.reload_manager().await,
-        Step::MountVolume { unit, link, volume_id } => {
-            mount_volume(cx, unit, link, volume_id).await
+        Step::MakeDirectory { path, mode, volumes } => {
+            make_directory(cx, path, *mode, volumes).await
         }
+        Step::ReloadManager => cx.host.systemd().await?.reload_manager().await,
+        Step::MountVolume { unit, link, volumes } => mount_volume(cx, unit, link, volumes).await,
         Step::StartUnit { unit } => cx.host.systemd().await?.start(unit, UNIT_DEADLINE).await,
         Step::StopDocker => stop_docker(cx).await,
         Step::MoveSshd { port } => sshd::move_port(cx.host.systemd().await?, *port).await,
@@ -176,8 +178,7 @@ async fn await_volume(cx: &Context, seconds: u32) -> Result<()> {
     loop {
         let disks = block::disks()?;
         let volumes = cx.aws.attached_volumes(&disks).await;
-        let missing = missing(&cx.config, &disks, volumes.known().map_err(|u| u.0));
-        let Some(missing) = missing else { return Ok(()) };
+        let Some(missing) = missing(cx).await else { return Ok(()) };
         if missing != said {
             info!(control = "data-volume", "{missing}; waiting for it");
             said.clone_from(&missing);
@@ -211,30 +212,18 @@ async fn await_volume(cx: &Context, seconds: u32) -> Result<()> {
     }
 }
 
-/// What is still missing of the volume, if anything is.
-fn missing(
-    config: &Config,
-    disks: &[block::Disk],
-    volumes: Result<&Vec<crate::aws::ec2::AttachedVolume>, String>,
-) -> Option<String> {
-    let device = &config.volume.device;
-    let volumes = match volumes {
-        Ok(volumes) => volumes,
-        Err(why) => return Some(format!("whether {device} is attached is not known ({why})")),
+/// What is still missing of the volume, if anything is. What is wrong with it is nothing to wait for.
+async fn missing(cx: &Context) -> Option<String> {
+    let device = match volume::look(cx).await {
+        Ok(State::Missing(misfit)) => return Some(misfit.observed),
+        Ok(State::Unfit(_)) => return None,
+        Ok(State::Fit(fit)) => fit.device,
+        Err(e) => return Some(format!("{e:#}")),
     };
-    let here = volumes.iter().find(|v| v.device.as_deref().is_some_and(|d| device.is(d)));
-    let Some(volume) = here else { return Some(format!("EC2 has no volume attached as {device}")) };
-    if volume.attachment.as_deref() != Some("attached") {
-        return Some(format!("EC2 has not finished attaching {} as {device}", volume.volume_id));
-    }
-    let id = &volume.volume_id;
-    match disks.iter().find(|d| d.volume_id().as_ref() == Some(id)) {
-        None => Some(format!("the kernel has no disk with the serial number of {id}")),
-        Some(disk) => match block::link_by_id(disk) {
-            Ok(Some(_)) => None,
-            Ok(None) => Some(format!("udev has not made the link to {id} yet")),
-            Err(e) => Some(format!("{e:#}")),
-        },
+    match chain::stable_name(&device.layer) {
+        Ok(Some(_)) => None,
+        Ok(None) => Some(format!("udev has not made the link to {} yet", device.volumes)),
+        Err(e) => Some(format!("{e:#}")),
     }
 }
 
@@ -319,18 +308,16 @@ fn prepare_mount_point(path: &Path) -> Result<()> {
     files::prepare_mount_point(path)
 }
 
-fn make_directory(path: &Path, mode: u32, volume_id: &VolumeId) -> Result<()> {
-    let disk = block::disk_of_volume(volume_id)?
-        .with_context(|| format!("the kernel has no disk with the serial number of {volume_id}"))?;
-    files::make_directory_on(path, mode, disk.number)
+async fn make_directory(cx: &Context, path: &Path, mode: u32, volumes: &Volumes) -> Result<()> {
+    let device = volume::find_again(cx, volumes).await?;
+    files::make_directory_on(path, mode, device.number())
 }
 
-async fn mount_volume(cx: &Context, unit: &str, link: &Path, volume_id: &VolumeId) -> Result<()> {
-    let disk = block::disk_of_volume(volume_id)?
-        .with_context(|| format!("the kernel has no disk with the serial number of {volume_id}"))?;
+async fn mount_volume(cx: &Context, unit: &str, link: &Path, volumes: &Volumes) -> Result<()> {
+    let device = volume::find_again(cx, volumes).await?;
     let leads_to =
         std::fs::metadata(link).with_context(|| format!("looking at {}", link.display()))?;
     let number = block::DevNum::of(std::os::unix::fs::MetadataExt::rdev(&leads_to));
-    ensure!(number == disk.number, "{} leads to {number}, not to {volume_id}", link.display());
+    ensure!(number == device.number(), "{} leads to {number}, not to {volumes}", link.display());
     cx.host.systemd().await?.start(unit, UNIT_DEADLINE).await
 }

@@ -4,14 +4,14 @@
 //! the confirmed volume, used by nobody, read without error, and blank. Whatever else is on the disk
 //! is somebody's.
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use serde::Serialize;
 
-use super::data_volume;
 use crate::config::Config;
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
 use crate::host::block::{self, Content, Disk};
 use crate::step::Step;
+use crate::volume;
 
 /// See the module.
 pub struct DataFilesystem;
@@ -40,7 +40,9 @@ impl Control for DataFilesystem {
     };
 
     async fn observe(&self, cx: &Context) -> Facts {
-        let disk = data_volume::fit_disk(cx).await;
+        let disk = volume::find(cx).await.and_then(|device| {
+            device.disk().cloned().context("the data volume's device is no disk")
+        });
         let (users, content) = match &disk {
             Ok(disk) => (block::users(disk), block::content(disk).await),
             Err(_) => (no_disk(), no_disk()),
@@ -132,6 +134,7 @@ mod tests {
             serial: serial.map(str::to_owned),
             model: None,
             size: 8 << 30,
+            told_by: block::ToldBy::Serial,
         }
     }
 

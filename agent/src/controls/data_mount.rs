@@ -6,14 +6,15 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde::Serialize;
 
-use super::{data_volume, unit_path};
+use super::unit_path;
 use crate::config::Config;
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
-use crate::host::block::{self, Disk};
+use crate::host::chain;
 use crate::host::files::{self, Place};
 use crate::host::mounts::{self, Mount, unit_name};
 use crate::host::systemd::Unit;
 use crate::step::Step;
+use crate::volume::{self, DataDevice};
 
 /// See the module.
 pub struct DataMount;
@@ -24,9 +25,9 @@ const OPTIONS: [&str; 3] = ["nodev", "nosuid", "noatime"];
 /// What is observed.
 #[derive(Debug, Serialize)]
 pub struct Facts {
-    /// The data volume's disk.
-    pub disk: Fact<Disk>,
-    /// The stable device file that udev made for it.
+    /// The data volume's device.
+    pub device: Fact<DataDevice>,
+    /// Its stable name, once udev has made it.
     pub link: Fact<Option<PathBuf>>,
     /// What is mounted on the mount point.
     pub mounts: Fact<Vec<Mount>>,
@@ -60,10 +61,10 @@ impl Control for DataMount {
 
     async fn observe(&self, cx: &Context) -> Facts {
         let mount_point = cx.config.volume.mount_point.path();
-        let disk = data_volume::fit_disk(cx).await;
-        let link = match &disk {
-            Ok(disk) => block::link_by_id(disk),
-            Err(e) => Err(anyhow::anyhow!("the disk is not known: {e:#}")),
+        let device = volume::find(cx).await;
+        let link = match &device {
+            Ok(device) => chain::stable_name(&device.layer),
+            Err(e) => Err(anyhow::anyhow!("the device is not known: {e:#}")),
         };
         let mounts = mounts::at(mount_point);
         let place = match &mounts {
@@ -77,7 +78,7 @@ impl Control for DataMount {
         };
         let unit = async { cx.host.systemd().await?.unit(&unit_name(mount_point, "mount")).await };
         Facts {
-            disk: Fact::new("/sys/block", disk),
+            device: Fact::new("/sys/block", device),
             link: Fact::new("/dev/disk/by-id", link),
             mounts: Fact::new("/proc/self/mountinfo", mounts),
             place: Fact::new(mount_point.display().to_string(), place),
@@ -89,18 +90,18 @@ impl Control for DataMount {
 
     fn judge(&self, config: &Config, facts: &Facts) -> Result<Verdict, Unknown> {
         let mount_point = &config.volume.mount_point;
-        let disk = facts.disk.known()?;
+        let device = facts.device.known()?;
         let expected = format!(
             "{} mounted on {mount_point} by {}",
-            what(disk),
+            device.volumes,
             unit_name(mount_point.path(), "mount")
         );
         let remedy = "run `hostagent provision`";
-        if let Some(wrong) = wrong_mount(config, disk, facts.mounts.known()?) {
+        if let Some(wrong) = wrong_mount(config, device, facts.mounts.known()?) {
             return Ok(Verdict::fail(expected, wrong, remedy));
         }
         let Some(files) = expected_files(config, facts)? else {
-            return Err(Unknown(format!("udev has no link for {}", what(disk))));
+            return Err(Unknown(format!("udev has no link for {}", device.volumes)));
         };
         let unit = facts.unit.known()?;
         let in_force = facts.unit_file.known()?.as_ref() == Some(&files.unit.1)
@@ -115,20 +116,20 @@ impl Control for DataMount {
         if unit.active_state != "active" {
             return Err(Unknown(format!("it is mounted, but systemd says {}", unit.active_state)));
         }
-        Ok(Verdict::pass(format!("{} is mounted on {mount_point}", what(disk))))
+        Ok(Verdict::pass(format!("{} is mounted on {mount_point}", device.volumes)))
     }
 
     fn plan(&self, config: &Config, facts: &Facts) -> Result<Plan, Unknown> {
         let mount_point = &config.volume.mount_point;
-        let disk = facts.disk.known()?;
+        let device = facts.device.known()?;
         let mounts = facts.mounts.known()?;
         if !mounts.is_empty()
-            && let Some(wrong) = wrong_mount(config, disk, mounts)
+            && let Some(wrong) = wrong_mount(config, device, mounts)
         {
             return Ok(Plan::refuse(format!("{wrong}; unmount it, and see what mounts it")));
         }
         let Some(files) = expected_files(config, facts)? else {
-            return Ok(Plan::refuse(format!("udev has no link for {}", what(disk))));
+            return Ok(Plan::refuse(format!("udev has no link for {}", device.volumes)));
         };
         let mut steps = Vec::new();
         match facts.place.known()? {
@@ -168,38 +169,31 @@ impl Control for DataMount {
             steps.push(Step::ReloadManager);
         }
         if mounts.is_empty() {
-            let Some(volume_id) = disk.volume_id() else {
-                return Err(Unknown("the disk has no volume id".into()));
-            };
             let Some(link) = facts.link.known()?.clone() else {
-                return Err(Unknown("the disk has no link".into()));
+                return Err(Unknown("the device has no stable name".into()));
             };
             let unit = unit_name(mount_point.path(), "mount");
-            steps.push(Step::MountVolume { unit, link, volume_id });
+            steps.push(Step::MountVolume { unit, link, volumes: device.volumes.clone() });
         }
         Ok(Plan::steps(steps))
     }
 }
 
-fn what(disk: &Disk) -> String {
-    disk.volume_id().map_or_else(|| disk.name.clone(), |id| id.to_string())
-}
-
 /// What is wrong with what is mounted on the mount point, if anything is.
-fn wrong_mount(config: &Config, disk: &Disk, mounts: &[Mount]) -> Option<String> {
+fn wrong_mount(config: &Config, device: &DataDevice, mounts: &[Mount]) -> Option<String> {
     let place = &config.volume.mount_point;
     let mount = match mounts {
         [] => return Some(format!("nothing is mounted on {place}")),
         [mount] => mount,
         _ => return Some(format!("{} mounts are stacked on {place}", mounts.len())),
     };
-    if mount.device != disk.number || mount.root != "/" {
+    if mount.device != device.number() || mount.root != "/" {
         return Some(format!(
             "the device {} (directory {}) is mounted on {place}, not {} ({})",
             mount.device,
             mount.root,
-            what(disk),
-            disk.number
+            device.volumes,
+            device.number()
         ));
     }
     if mount.fs_type != config.volume.filesystem.as_str() {
@@ -236,7 +230,7 @@ fn expected_files(config: &Config, facts: &Facts) -> Result<Option<Files>, Unkno
          Type={fs}\n\
          # nofail: not ordered before local-fs.target, so that a missing volume cannot stop the boot.\n\
          Options={options},nofail\n",
-        volume = what(facts.disk.known()?),
+        volume = facts.device.known()?.volumes,
         fsck = unit_name(link, "service"),
         link = link.display(),
         place = mount_point.display(),
@@ -278,16 +272,9 @@ mod tests {
     }
 
     fn bare() -> Facts {
-        let disk = Disk {
-            name: "nvme1n1".into(),
-            number: DATA,
-            serial: Some("vol0123456789abcdef0".into()),
-            model: None,
-            size: 8 << 30,
-        };
         let link = PathBuf::from("/dev/disk/by-id/nvme-X_vol0123456789abcdef0_1");
         Facts {
-            disk: Fact::new("t", Ok(disk)),
+            device: Fact::new("t", Ok(crate::volume::example(DATA))),
             link: Fact::new("t", Ok(Some(link))),
             mounts: Fact::new("t", Ok(vec![])),
             place: Fact::new("t", Ok(Some(Place::Absent))),
@@ -387,7 +374,7 @@ mod tests {
     #[test]
     fn an_unknown_fact_never_passes() {
         let all: [fn(&mut Facts); 5] = [
-            |f| f.disk = Fact::new("t", Err(anyhow!("x"))),
+            |f| f.device = Fact::new("t", Err(anyhow!("x"))),
             |f| f.link = Fact::new("t", Err(anyhow!("x"))),
             |f| f.mounts = Fact::new("t", Err(anyhow!("x"))),
             |f| f.unit_file = Fact::new("t", Err(anyhow!("x"))),

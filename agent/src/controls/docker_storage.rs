@@ -8,16 +8,17 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::{data_volume, unit_path};
+use super::unit_path;
 use crate::config::Config;
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
 use crate::gate::{self, STORAGE};
-use crate::host::block::{DevNum, Disk};
+use crate::host::block::DevNum;
 use crate::host::docker::{self, HeldFile, Storage};
 use crate::host::files;
 use crate::host::mounts::{self, Mount, unit_name};
 use crate::host::systemd::{Systemd, Unit};
 use crate::step::Step;
+use crate::volume::{self, DataDevice};
 
 /// See the module.
 pub struct DockerStorage;
@@ -25,8 +26,8 @@ pub struct DockerStorage;
 /// What is observed.
 #[derive(Debug, Serialize)]
 pub struct Facts {
-    /// The data volume's disk.
-    pub disk: Fact<Disk>,
+    /// The data volume's device.
+    pub device: Fact<DataDevice>,
     /// What the gate says: why Docker may start; unknown says why it may not.
     pub gate: Fact<String>,
     /// The two storage directories.
@@ -112,7 +113,7 @@ impl Control for DockerStorage {
             daemons.push(Daemon { name, unit, held: Fact::new("/proc/PID/fd", held) });
         }
         Facts {
-            disk: Fact::new("/sys/block", data_volume::fit_disk(cx).await),
+            device: Fact::new("/sys/block", volume::find(cx).await),
             gate: Fact::new("hostagent gate", gate::check(&cx.config.volume)),
             directories,
             daemons,
@@ -121,8 +122,8 @@ impl Control for DockerStorage {
     }
 
     fn judge(&self, config: &Config, facts: &Facts) -> Result<Verdict, Unknown> {
-        let disk = facts.disk.known()?;
-        let volume = disk.volume_id().map_or_else(|| disk.name.clone(), |id| id.to_string());
+        let device = facts.device.known()?;
+        let (volume, number) = (&device.volumes, device.number());
         let remedy = "run `hostagent provision`";
         let fail = |observed: String| {
             Ok(Verdict::fail(
@@ -132,7 +133,7 @@ impl Control for DockerStorage {
             ))
         };
         for directory in &facts.directories {
-            if let Some(wrong) = directory.wrong_mount(disk.number)? {
+            if let Some(wrong) = directory.wrong_mount(number)? {
                 return fail(wrong);
             }
             if !directory.unit_in_force(config)? {
@@ -148,7 +149,7 @@ impl Control for DockerStorage {
         let mut running = Vec::new();
         for daemon in &facts.daemons {
             let unit = daemon.unit.known()?;
-            if let Some(wrong) = daemon.writes_elsewhere(disk.number)? {
+            if let Some(wrong) = daemon.writes_elsewhere(number)? {
                 return fail(wrong);
             }
             if let Some(wrong) = daemon.starts_without_storage()? {
@@ -173,21 +174,19 @@ impl Control for DockerStorage {
     }
 
     fn plan(&self, config: &Config, facts: &Facts) -> Result<Plan, Unknown> {
-        let disk = facts.disk.known()?;
-        let Some(volume_id) = disk.volume_id() else {
-            return Err(Unknown("the disk has no volume id".into()));
-        };
+        let device = facts.device.known()?;
+        let number = device.number();
         let (mut prepare, mut mount, mut reload) = (Vec::new(), Vec::new(), false);
         for directory in &facts.directories {
-            if let Some(why) = directory.refusal(disk.number)? {
+            if let Some(why) = directory.refusal(number)? {
                 return Ok(Plan::refuse(why));
             }
-            let mounted = directory.wrong_mount(disk.number)?.is_none();
+            let mounted = directory.wrong_mount(number)?.is_none();
             if !mounted {
                 prepare.push(Step::MakeDirectory {
                     path: directory.source_path(config),
                     mode: 0o711,
-                    volume_id: volume_id.clone(),
+                    volumes: device.volumes.clone(),
                 });
                 mount.push(Step::StartUnit { unit: unit_name(Path::new(directory.path), "mount") });
             }
@@ -207,7 +206,7 @@ impl Control for DockerStorage {
 
         let mut misplaced = !mount.is_empty();
         for daemon in &facts.daemons {
-            let Some(file) = daemon.file_elsewhere(disk.number)? else { continue };
+            let Some(file) = daemon.file_elsewhere(number)? else { continue };
             if mount.is_empty()
                 && !STORAGE.iter().any(|(top, _)| Path::new(&file.path).starts_with(top))
             {
@@ -428,16 +427,7 @@ mod tests {
             held: Fact::new("t", Ok(Some(vec![held(name, ROOT)]))),
         };
         Facts {
-            disk: Fact::new(
-                "t",
-                Ok(Disk {
-                    name: "nvme1n1".into(),
-                    number: DATA,
-                    serial: Some("vol0123456789abcdef0".into()),
-                    model: None,
-                    size: 8 << 30,
-                }),
-            ),
+            device: Fact::new("t", Ok(crate::volume::example(DATA))),
             gate: Fact::new("t", Err(anyhow!("nothing is mounted on /data"))),
             directories: STORAGE.map(directory).into(),
             daemons: DAEMONS.map(daemon).into(),

@@ -2,6 +2,7 @@
 //! decided in the controls, and which change is made is decided in a plan.
 
 pub mod block;
+pub mod chain;
 pub mod command;
 pub mod docker;
 pub mod files;
