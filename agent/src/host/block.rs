@@ -675,6 +675,13 @@ mod tests {
         assert_eq!(found[0].name, "nvme0n1");
         assert_eq!(found[0].size, SIZE);
         assert_eq!(found[0].volume_id(), VolumeId::parse("vol-0123456789abcdef0"));
+        disk("xvdf", "0\n", true, "");
+        let xen = root.path().join("xvdf/device");
+        fs::remove_file(xen.join("model")).unwrap();
+        fs::write(xen.join("devtype"), "vbd\n").unwrap();
+        let found = disks_under(root.path()).unwrap();
+        assert_eq!((found[1].name.as_str(), found[1].volume_id()), ("xvdf", None));
+        assert_eq!(found[1].told_by, ToldBy::Mapping(None), "a disk of Xen's has no serial number");
         let store = Disk { model: Some(INSTANCE_STORE.into()), ..found[0].clone() };
         assert_eq!(store.volume_id(), None, "an instance store is never a volume");
     }

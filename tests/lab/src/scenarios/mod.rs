@@ -2,6 +2,7 @@
 
 mod boot;
 mod host;
+mod identity;
 mod ready;
 mod reboots;
 mod refused;
@@ -68,6 +69,16 @@ pub const ALL: &[Scenario] = &[
         "canary",
         "what a container writes is on the data disk and not on the root disk",
         ready::canary,
+    ),
+    installed(
+        "assembled",
+        "two encrypted volumes beneath LVM become one data volume, and no other disk joins them",
+        identity::assembled,
+    ),
+    installed(
+        "weakest",
+        "of volumes beneath LVM the weakest counts, and what somebody made of a disk is his",
+        identity::weakest,
     ),
     installed(
         "gate",
