@@ -12,6 +12,7 @@ mod values;
 use serde::{Deserialize, Serialize};
 
 pub use file::{ConfigError, Loaded, load};
+pub use crate::host::block::VolumeId;
 pub use values::{DeviceName, KeyArn, MountPoint, Name, Port, Seconds};
 
 /// Where the configuration is read from unless `--config` names another file.
@@ -76,6 +77,10 @@ pub struct Volume {
     pub mount_point: MountPoint,
     /// The filesystem it carries.
     pub filesystem: Filesystem,
+    /// Whether the filesystem grows when the volume has grown.
+    pub grow: bool,
+    /// Volumes that may be formatted although they hold something, as long as nothing recognises it.
+    pub format_unrecognised: Vec<VolumeId>,
     /// ARNs of the KMS keys that are accepted; empty accepts every key.
     pub kms_keys: Vec<String>,
     /// How long `provision` waits for the attachment, in seconds.
@@ -96,6 +101,8 @@ impl Default for Volume {
             device: DeviceName("/dev/sdf".into()),
             mount_point: MountPoint("/data".into()),
             filesystem: Filesystem::Ext4,
+            grow: false,
+            format_unrecognised: Vec::new(),
             kms_keys: Vec::new(),
             wait_seconds: Seconds(600),
         }
@@ -108,6 +115,8 @@ impl Default for Volume {
 pub enum Filesystem {
     /// ext4
     Ext4,
+    /// XFS, with `ftype=1`.
+    Xfs,
 }
 
 impl Filesystem {
@@ -116,6 +125,7 @@ impl Filesystem {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Ext4 => "ext4",
+            Self::Xfs => "xfs",
         }
     }
 }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::values::{DeviceName, KeyArn, MountPoint, Name, Port, Seconds};
-use super::{Config, DEFAULT_PATH, Filesystem, Tenancy};
+use super::{Config, DEFAULT_PATH, Filesystem, Tenancy, VolumeId};
 
 /// One file's content: every key optional, an unknown key an error.
 #[derive(Debug, Default, Deserialize)]
@@ -63,6 +63,8 @@ struct FileVolume {
     device: Option<DeviceName>,
     mount_point: Option<MountPoint>,
     filesystem: Option<Filesystem>,
+    grow: Option<bool>,
+    format_unrecognised: Option<Vec<VolumeId>>,
     kms_keys: Option<Vec<KeyArn>>,
     wait_seconds: Option<Seconds>,
 }
@@ -116,6 +118,8 @@ impl Config {
         set(&mut self.volume.device, volume.device);
         set(&mut self.volume.mount_point, volume.mount_point);
         set(&mut self.volume.filesystem, volume.filesystem);
+        set(&mut self.volume.grow, volume.grow);
+        set(&mut self.volume.format_unrecognised, volume.format_unrecognised);
         set(
             &mut self.volume.kms_keys,
             volume.kms_keys.map(|keys| keys.into_iter().map(|key| key.0).collect()),
@@ -337,6 +341,12 @@ mod tests {
             ("[volume]\ndevice = \"/dev/nvme1n1\"\n", "volume.device: is a kernel name"),
             ("[volume]\ndevice = \"sdf\"\n", "volume.device: must be EC2's"),
             ("[volume]\nfilesystem = \"ntfs\"\n", ":2: volume.filesystem: unknown variant `ntfs`"),
+            ("[volume]\ngrow = \"yes\"\n", ":2: volume.grow: invalid type: string"),
+            (
+                "[volume]\nformat_unrecognised = [\"/dev/sdf\"]\n",
+                ":2: volume.format_unrecognised: \"/dev/sdf\" is not a volume id",
+            ),
+            ("[volume]\nformat_unrecognised = true\n", ":2: volume.format_unrecognised: invalid"),
             ("[volume]\nkms_keys = [\n \"alias/x\"]\n", ":2: volume.kms_keys: must be the ARN"),
             ("[volume]\nwait_seconds = -1\n", ":2: volume.wait_seconds: -1 is out of range"),
             ("[instance]\ntenancy = []\n", ":2: instance.tenancy: must name at least one"),

@@ -3,11 +3,16 @@
 
 pub mod block;
 pub mod command;
+pub mod content;
 pub mod docker;
 pub mod files;
+pub mod format;
+pub mod growth;
 pub mod identity;
 pub mod mounts;
+pub mod signatures;
 pub mod sshd;
+pub mod superblock;
 pub mod systemd;
 pub mod uevents;
 

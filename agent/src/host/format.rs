@@ -1,0 +1,662 @@
+//! Making a filesystem on a disk so that no instant of it can destroy or lose anything.
+//!
+//! mkfs never sees the disk. It makes the filesystem in a sparse file of the disk's size on the root
+//! disk, the *image*, whose few megabytes are then copied to the disk through the one descriptor that
+//! was opened exclusively, whose serial number was checked and on which blankness was proven. mkfs
+//! may therefore run beside the proof; the disk is written to after both.
+//!
+//! The *intent*, a small file beside the image, is made durable before the first write to the disk. It
+//! allows one thing: at the next run, on that volume and this instance, the same image may be written
+//! again, if every sector that is read is zero or the image's ([`Content::Unfinished`]). The sector
+//! that makes it a filesystem is written last, after everything else was flushed and read back: a
+//! filesystem that can be recognised is complete, whatever became of the intent.
+//!
+//! Which disk, when, and over what is decided by the plan of the control `data-filesystem`; the step
+//! calls [`format()`], which proves all of it again.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use rustix::fs::SeekFrom;
+use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, sleep};
+use tracing::info;
+use uuid::Uuid;
+
+use super::block::{self, Disk, VolumeId};
+use super::content::{self, BLOCK, Buffer, Content, ReadAt, Reader, SECTOR};
+use super::superblock::{self, Superblock};
+use super::{command, files};
+use crate::config::Filesystem;
+
+/// Where images and intents are kept while a filesystem is made.
+pub const DIR: &str = "/var/lib/hostagent/format";
+
+/// The form of the intent.
+const VERSION: u32 = 1;
+
+/// How long mkfs may take on a file.
+const MKFS_DEADLINE: Duration = Duration::from_secs(300);
+
+/// How long the proof of blankness may take: the first read of a volume that was made from a
+/// snapshot fetches it from S3.
+const PROOF_DEADLINE: Duration = Duration::from_secs(300);
+
+/// How long copying the image may take.
+const COPY_DEADLINE: Duration = Duration::from_secs(900);
+
+/// What a filesystem is made over: what the plan has seen, and the step must still see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Onto {
+    /// A blank disk.
+    Blank,
+    /// What an interrupted format of ours has left.
+    Unfinished,
+    /// Content that nothing recognises, which the operator allows to be destroyed.
+    Unrecognised,
+}
+
+/// What is to be made, and where.
+#[derive(Debug, Clone)]
+pub struct Order {
+    /// The volume.
+    pub volume_id: VolumeId,
+    /// The filesystem.
+    pub filesystem: Filesystem,
+    /// The UUID it gets.
+    pub uuid: Uuid,
+    /// What it is made over.
+    pub onto: Onto,
+    /// Whether the operator allows unrecognised content of this volume to be destroyed.
+    pub allowed: bool,
+    /// The instance that this is.
+    pub instance_id: String,
+}
+
+/// What was about to be written to which volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Intent {
+    /// The form of this file.
+    pub version: u32,
+    /// The instance.
+    pub instance_id: String,
+    /// The volume.
+    pub volume_id: VolumeId,
+    /// The filesystem.
+    pub filesystem: Filesystem,
+    /// The UUID it is to have.
+    pub uuid: Uuid,
+    /// The disk's size in bytes.
+    pub size: u64,
+    /// The image's [`Image::checksum`].
+    pub checksum: String,
+}
+
+impl Intent {
+    /// Whether this is about that filesystem on that disk of that instance.
+    #[must_use]
+    pub fn is_for(&self, instance_id: &str, disk: &Disk, filesystem: Filesystem) -> bool {
+        let Some(volume_id) = disk.volume_id() else { return false };
+        self.version == VERSION
+            && self.instance_id == instance_id
+            && self.volume_id == volume_id
+            && self.filesystem == filesystem
+            && self.uuid == volume_id.filesystem_uuid()
+            && self.size == disk.size
+    }
+}
+
+fn intent_path(volume: &VolumeId) -> PathBuf {
+    Path::new(DIR).join(format!("{volume}.json"))
+}
+
+fn image_path(volume: &VolumeId) -> PathBuf {
+    Path::new(DIR).join(format!("{volume}.img"))
+}
+
+/// The intent that is kept for a volume. One that cannot be read is an error.
+pub fn intent(volume: &VolumeId) -> Result<Option<Intent>> {
+    let path = intent_path(volume);
+    let doing = || format!("reading {}", path.display());
+    let Some(text) = files::read_optional(&path)? else { return Ok(None) };
+    let intent: Intent = serde_json::from_str(&text).with_context(doing)?;
+    ensure!(intent.version == VERSION, "{} has an unknown version", path.display());
+    Ok(Some(intent))
+}
+
+/// Whether anything of a format is kept for a volume.
+pub fn remains(volume: &VolumeId) -> Result<bool> {
+    for path in [intent_path(volume), image_path(volume)] {
+        match fs::symlink_metadata(&path) {
+            Ok(_) => return Ok(true),
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Err(e) => return Err(e).with_context(|| format!("looking at {}", path.display())),
+        }
+    }
+    Ok(false)
+}
+
+/// Removes what is kept of a format. The intent first: without its image it allows nothing.
+pub fn forget(volume: &VolumeId) -> Result<()> {
+    if remains(volume)? {
+        files::remove(&intent_path(volume))?;
+        files::remove(&image_path(volume))?;
+    }
+    Ok(())
+}
+
+/// The image that an intent speaks of, if it is whole.
+pub async fn image_of(intent: &Intent) -> Result<Arc<Image>> {
+    let intent = intent.clone();
+    let load = move |_| {
+        let path = image_path(&intent.volume_id);
+        let image = Image::open(&path, intent.filesystem, intent.uuid, intent.size)?;
+        let checksum = image.checksum()?;
+        ensure!(checksum == intent.checksum, "{} is not what was written there", path.display());
+        Ok(Arc::new(image))
+    };
+    content::in_time(Instant::now(), MKFS_DEADLINE, load).await
+}
+
+/// The program that makes a filesystem, and the package that has it.
+#[must_use]
+pub fn tool(filesystem: Filesystem) -> (&'static str, &'static str) {
+    match filesystem {
+        Filesystem::Ext4 => (command::MKFS_EXT4, "e2fsprogs"),
+        Filesystem::Xfs => (command::MKFS_XFS, "xfsprogs"),
+    }
+}
+
+/// Whether the program that makes a filesystem is installed.
+pub fn installed(filesystem: Filesystem) -> Result<bool> {
+    let (program, _) = tool(filesystem);
+    match fs::metadata(program) {
+        Ok(meta) => Ok(meta.is_file()),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e).with_context(|| format!("looking at {program}")),
+    }
+}
+
+/// A filesystem in a sparse file, as mkfs made it.
+#[derive(Debug)]
+pub struct Image {
+    file: File,
+    superblock: Superblock,
+    /// Where the file has data, in whole blocks.
+    extents: Vec<(u64, u64)>,
+    /// What the filesystem takes to be zero beside it.
+    zero: Vec<(u64, u64)>,
+}
+
+impl Image {
+    fn open(path: &Path, filesystem: Filesystem, uuid: Uuid, size: u64) -> Result<Self> {
+        let doing = || format!("reading {}", path.display());
+        let file = File::open(path).with_context(doing)?;
+        let length = file.metadata().with_context(doing)?.len();
+        ensure!(length == size, "{} has {length} bytes, the disk {size}", path.display());
+        let mut head = vec![0; superblock::HEAD];
+        file.read_exact_at(&mut head, 0).with_context(doing)?;
+        let superblock = Superblock::parse(&head)
+            .with_context(|| format!("mkfs has made no filesystem in {}", path.display()))?;
+        let whole = superblock.kind == filesystem.as_str()
+            && superblock.uuid == uuid
+            && superblock.ftype
+            && superblock.size <= size;
+        ensure!(whole, "mkfs has made something else in {}: {superblock:?}", path.display());
+        let zero =
+            superblock.relies_on_zero(|at, bytes| Ok(file.read_exact_at(bytes, at)?))?;
+        ensure!(
+            zero.iter().all(|(at, length)| at.checked_add(*length).is_some_and(|end| end <= size)),
+            "the journal in {} is not within the disk",
+            path.display()
+        );
+        let extents = extents(&file).with_context(doing)?;
+        Ok(Self { file, superblock, extents, zero })
+    }
+
+    /// Everything that the filesystem needs to be as it is in the image, as ranges of whole blocks.
+    #[must_use]
+    pub fn touches(&self) -> Vec<(u64, u64)> {
+        self.extents.iter().chain(&self.zero).copied().collect()
+    }
+
+    /// Reads a part of it.
+    pub fn read(&self, at: u64, bytes: &mut [u8]) -> Result<()> {
+        self.file.read_exact_at(bytes, at).context("reading the image")
+    }
+
+    /// A SHA-256 over every block that is not zero, with its place.
+    pub fn checksum(&self) -> Result<String> {
+        use aws_lc_rs::digest::{Context, SHA256};
+        let mut hash = Context::new(&SHA256);
+        let mut buffer = vec![0; content::CHUNK];
+        for (at, length) in content::chunks(&content::merged(self.extents.clone())) {
+            self.read(at, &mut buffer[..length])?;
+            for (index, block) in buffer[..length].chunks(BLOCK).enumerate() {
+                if *block != ZEROS[..block.len()] {
+                    hash.update(&(at + (index * BLOCK) as u64).to_le_bytes());
+                    hash.update(block);
+                }
+            }
+        }
+        let digest = hash.finish();
+        Ok(digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+}
+
+const ZEROS: [u8; BLOCK] = [0; BLOCK];
+
+/// Where a sparse file has data, in whole blocks.
+fn extents(file: &File) -> Result<Vec<(u64, u64)>> {
+    let block = BLOCK as u64;
+    let mut extents = Vec::new();
+    let mut at = 0;
+    loop {
+        let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(start) => start / block * block,
+            // No data from there on.
+            Err(rustix::io::Errno::NXIO) => return Ok(content::merged(extents)),
+            Err(e) => return Err(e).context("looking for data"),
+        };
+        let end = rustix::fs::seek(file, SeekFrom::Hole(start)).context("looking for holes")?;
+        ensure!(end > at, "the file's holes make no sense");
+        extents.push((start, end.next_multiple_of(block) - start));
+        at = end;
+    }
+}
+
+/// The part of [`format()`] that takes nothing but the root disk: mkfs on a new image.
+async fn make_image(order: &Order, disk: &Disk, began: Instant) -> Result<Arc<Image>> {
+    let (program, package) = tool(order.filesystem);
+    ensure!(installed(order.filesystem)?, "{program} is not there; install the package {package}");
+    let path = image_path(&order.volume_id);
+    let text = path.to_str().context("a path that is not UTF-8")?;
+    // An intent that is there speaks of an image that is not wanted any more.
+    forget(&order.volume_id)?;
+    create_image(&path, order.filesystem, disk.size)?;
+    let args = arguments(order.filesystem, order.uuid, disk)?;
+    let mut args: Vec<&str> = args.iter().map(String::as_str).collect();
+    args.push(text);
+    let waited = began.elapsed();
+    info!(control = "data-filesystem", after_ms = ms(waited), "{program} begins");
+    let made = command::run(program, &args, MKFS_DEADLINE).await.and_then(command::Output::success);
+    if let Err(e) = made {
+        files::remove(&path)?;
+        return Err(e.context(format!("making the filesystem in {text}")));
+    }
+    let (filesystem, uuid, size) = (order.filesystem, order.uuid, disk.size);
+    let settle = move |_| {
+        let image = Image::open(&path, filesystem, uuid, size)?;
+        image.file.sync_all().with_context(|| format!("syncing {}", path.display()))?;
+        files::sync_dir(Path::new(DIR))?;
+        Ok(Arc::new(image))
+    };
+    let image = content::in_time(Instant::now(), MKFS_DEADLINE, settle).await?;
+    let took = ms(began.elapsed().saturating_sub(waited));
+    info!(control = "data-filesystem", mkfs_ms = took, "{program} is done");
+    Ok(image)
+}
+
+fn ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Makes the empty sparse file, if the root disk has room for what mkfs will put into it.
+fn create_image(path: &Path, filesystem: Filesystem, size: u64) -> Result<()> {
+    let dir = path.parent().unwrap_or(Path::new(DIR));
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .with_context(|| format!("making the directory {}", dir.display()))?;
+    let free = nix::sys::statvfs::statvfs(dir)
+        .with_context(|| format!("asking how much room there is in {}", dir.display()))?;
+    let free = u64::from(free.blocks_available()) * u64::from(free.fragment_size());
+    let needed = room(filesystem, size);
+    ensure!(
+        free >= needed,
+        "making the filesystem takes {} MiB in {}, and only {} MiB are free; make room there",
+        needed >> 20,
+        dir.display(),
+        free >> 20
+    );
+    let file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .with_context(|| format!("creating {}", path.display()))?;
+    file.set_len(size).with_context(|| {
+        format!(
+            "making {} as large as the volume ({} GiB), though sparse: the filesystem there may not \
+             hold so large a file (ext4: 16 TiB)",
+            path.display(),
+            size >> 30
+        )
+    })
+}
+
+/// How many bytes mkfs takes at most in a sparse file: measured, with room to spare. ext4 writes
+/// group descriptors, their copies and bitmaps (225 MiB on 15 TiB); XFS reserves its log.
+fn room(filesystem: Filesystem, size: u64) -> u64 {
+    const SPARE: u64 = 64 << 20;
+    match filesystem {
+        Filesystem::Ext4 => SPARE + size / 32_768,
+        Filesystem::Xfs => SPARE + xfs_log(size).unwrap_or((64 << 20) + size / 2048),
+    }
+}
+
+/// XFS's log where mkfs's own choice (1/2048 of the disk, 2 GiB at most) would take too much of the
+/// root disk.
+fn xfs_log(size: u64) -> Option<u64> {
+    const MOST: u64 = 512 << 20;
+    (size / 2048 > MOST).then_some(MOST)
+}
+
+/// The label of the filesystem that hostagent makes. XFS has room for twelve characters.
+fn label(filesystem: Filesystem) -> &'static str {
+    match filesystem {
+        Filesystem::Ext4 => "hostagent-data",
+        Filesystem::Xfs => "hostagent",
+    }
+}
+
+/// What mkfs is told. The file does not tell it what the disk is like, so that is said.
+fn arguments(filesystem: Filesystem, uuid: Uuid, disk: &Disk) -> Result<Vec<String>> {
+    let label = label(filesystem);
+    let text = match filesystem {
+        // Nothing is discarded, and the journal not zeroed: the file is all holes, and the disk's
+        // part of it is proven to be zero, or made so.
+        Filesystem::Ext4 => format!(
+            "-q -F -b 4096 -E nodiscard,lazy_itable_init=1,lazy_journal_init=1 -L {label} -U {uuid}"
+        ),
+        Filesystem::Xfs => {
+            let sector = block::physical_block_size(disk)?;
+            ensure!(
+                matches!(sector, 512 | 1024 | 2048 | 4096),
+                "the disk's sectors have {sector} bytes"
+            );
+            let log = xfs_log(disk.size).map(|log| format!(" -l size={log}")).unwrap_or_default();
+            format!(
+                "-q -f -K -b size=4096 -s size={sector}{log} -m crc=1,uuid={uuid} -n ftype=1 -L {label}"
+            )
+        }
+    };
+    Ok(text.split(' ').map(str::to_owned).collect())
+}
+
+/// Makes the filesystem. Everything that led to it is proven again here, on the opened disk: the
+/// serial number, that nobody uses it, and what is on it.
+pub async fn format(order: &Order) -> Result<()> {
+    let began = Instant::now();
+    let volume_id = &order.volume_id;
+    let disk = block::disk_of_volume(volume_id)?
+        .with_context(|| format!("the kernel has no disk with the serial number of {volume_id}"))?;
+    let users = block::users(&disk)?;
+    ensure!(users.is_empty(), "{volume_id} is in use: {}", users.join(", "));
+
+    // The lock keeps udev from probing meanwhile (https://systemd.io/BLOCK_DEVICE_LOCKING).
+    let pinned = block::open_checked(&disk, OpenOptions::new().read(true).write(true))?;
+    let locked =
+        lock(pinned).await.with_context(|| format!("locking {}", disk.path().display()))?;
+    // From here to the end nobody can mount, map or format it: O_EXCL on a block device fails while
+    // anybody has it so open, and keeps everybody else from opening it so.
+    let mut exclusive = OpenOptions::new();
+    exclusive.read(true).write(true).custom_flags(nix::libc::O_EXCL | nix::libc::O_DIRECT);
+    let device = block::open_checked(&disk, &exclusive)
+        .with_context(|| format!("{volume_id} is in use, though nothing explains by whom"))?;
+
+    let (image, seen) = if order.onto == Onto::Unfinished {
+        let intent = intent(volume_id)?.context("what was begun is not known any more")?;
+        ensure!(
+            intent.is_for(&order.instance_id, &disk, order.filesystem),
+            "what was begun is not what is to be made: {intent:?}"
+        );
+        let image = image_of(&intent).await?;
+        let look = content::inspect_opened(&device, &disk, Some(image.clone()), PROOF_DEADLINE);
+        let seen = look.await?;
+        (image, seen)
+    } else {
+        let proof = async {
+            let seen = content::inspect_opened(&device, &disk, None, PROOF_DEADLINE).await?;
+            info!(control = "data-filesystem", proof_ms = seen.milliseconds, "the disk is read");
+            still(order, &seen.content)?;
+            Ok(seen)
+        };
+        match tokio::try_join!(make_image(order, &disk, began), proof) {
+            Ok(both) => both,
+            Err(e) => {
+                // mkfs, if it still ran, is killed; what it made is not wanted.
+                forget(volume_id)?;
+                return Err(e);
+            }
+        }
+    };
+    still(order, &seen.content)?;
+
+    let write = {
+        let (image, order, disk) = (image.clone(), order.clone(), disk.clone());
+        move |deadline| write(&device, &image, &order, &disk, deadline)
+    };
+    let start = Instant::now();
+    let written = content::in_time(start, COPY_DEADLINE, write)
+        .await
+        .with_context(|| format!("writing to {}", disk.path().display()))?;
+    // The filesystem is complete: it can be recognised from here on, and by nothing before.
+    drop(image);
+    drop(locked);
+    forget(volume_id)?;
+    info!(
+        control = "data-filesystem",
+        copy_ms = ms(start.elapsed()),
+        total_ms = ms(began.elapsed()),
+        bytes = written,
+        "{} is on {volume_id}",
+        order.filesystem.as_str()
+    );
+    Ok(())
+}
+
+/// Whether the disk holds what the plan has seen.
+fn still(order: &Order, content: &Content) -> Result<()> {
+    let (id, onto) = (&order.volume_id, order.onto);
+    match (onto, content) {
+        // An interrupted format may have been interrupted before its first write.
+        (Onto::Blank | Onto::Unfinished, Content::Blank { .. })
+        | (Onto::Unfinished, Content::Unfinished { .. }) => Ok(()),
+        (Onto::Unrecognised, Content::Unrecognised { .. }) if order.allowed => Ok(()),
+        _ => bail!("{id} does not hold what it did when this was planned ({onto:?}): {content:?}"),
+    }
+}
+
+/// Takes the lock as soon as it is free: udev holds it while it probes a disk that has just come.
+async fn lock(mut file: File) -> Result<Flock<File>> {
+    let until = Instant::now() + Duration::from_secs(30);
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(locked) => return Ok(locked),
+            Err((_, e)) if Instant::now() > until => return Err(e.into()),
+            Err((unlocked, Errno::EWOULDBLOCK)) => file = unlocked,
+            Err((_, e)) => return Err(e.into()),
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// The one place where a disk is written to.
+fn write(
+    device: &File,
+    image: &Image,
+    order: &Order,
+    disk: &Disk,
+    deadline: std::time::Instant,
+) -> Result<u64> {
+    if order.onto != Onto::Unfinished {
+        let intent = Intent {
+            version: VERSION,
+            instance_id: order.instance_id.clone(),
+            volume_id: order.volume_id.clone(),
+            filesystem: order.filesystem,
+            uuid: order.uuid,
+            size: disk.size,
+            checksum: image.checksum()?,
+        };
+        let mut text = serde_json::to_string_pretty(&intent).context("writing down the intent")?;
+        text.push('\n');
+        files::write_atomic(&intent_path(&order.volume_id), &text, 0o600)?;
+    }
+    // At the moment of writing: the kernel's word on the device that is open.
+    let meta = device.metadata().context("looking at the opened disk")?;
+    ensure!(block::DevNum::of(meta.rdev()) == disk.number, "the opened disk is another one");
+    block::check_serial(disk)?;
+    Copy { device, image, onto: order.onto, allowed: order.allowed, size: disk.size, deadline }.run()
+}
+
+/// A disk to copy to; a trait so that tests can cut the power.
+trait Device: ReadAt {
+    fn write_once(&self, bytes: &[u8], offset: u64) -> std::io::Result<usize>;
+    fn flush(&self) -> std::io::Result<()>;
+}
+
+impl ReadAt for &File {
+    fn read_at_once(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<usize> {
+        (**self).read_at_once(buffer, offset)
+    }
+}
+
+impl Device for &File {
+    fn write_once(&self, bytes: &[u8], offset: u64) -> std::io::Result<usize> {
+        loop {
+            match self.write_at(bytes, offset) {
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                result => return result,
+            }
+        }
+    }
+
+    fn flush(&self) -> std::io::Result<()> {
+        self.sync_all()
+    }
+}
+
+/// The copy of an image to a disk.
+struct Copy<'a, D> {
+    device: D,
+    image: &'a Image,
+    onto: Onto,
+    allowed: bool,
+    size: u64,
+    deadline: std::time::Instant,
+}
+
+impl<D: Device + Clone> Copy<'_, D> {
+    fn run(&self) -> Result<u64> {
+        let mut ranges = self.image.touches();
+        let mut overwrite = self.onto == Onto::Unrecognised;
+        if !overwrite {
+            // What is about to be written, and what the filesystem relies on, was not all read for
+            // the proof of blankness.
+            let image = (self.onto == Onto::Unfinished).then_some(self.image);
+            let mut reader = Reader::new(self.device.clone(), self.deadline);
+            let walk = content::walk_over(&mut reader, &content::merged(ranges.clone()), image)?;
+            match walk.foreign {
+                Some(_) if self.allowed && image.is_none() => overwrite = true,
+                Some(byte) => bail!(
+                    "the disk is not blank: there is data at byte {byte}; if it may be destroyed, \
+                     name the volume in volume.format_unrecognised"
+                ),
+                None => {}
+            }
+        }
+        if overwrite {
+            // Nothing of what was there may be taken for a signature later.
+            ranges.extend(content::ends(self.size));
+        }
+        let ranges = content::merged(ranges);
+        let mut written = 0;
+        for (at, length) in content::chunks(&ranges) {
+            written += self.copy(at, length, overwrite)?;
+        }
+        self.flush()?;
+        // Read back before the disk says that it carries this filesystem.
+        self.compare(&ranges)?;
+        let mut head = Buffer::new();
+        let head = head.first(BLOCK);
+        self.image.read(0, head)?;
+        self.write(head, 0)?;
+        self.flush()?;
+        let mut reader = Reader::new(self.device.clone(), self.deadline);
+        ensure!(reader.chunk(0, BLOCK)? == head, "the superblock was not written as it was meant");
+        Ok(written + BLOCK as u64)
+    }
+
+    /// What the disk is to hold before the last write: the image without the sector that makes it a
+    /// filesystem. A sector is written whole or not at all, even when the power fails.
+    fn expected(&self, at: u64, bytes: &mut [u8]) -> Result<()> {
+        self.image.read(at, bytes)?;
+        if at == 0 {
+            let primary = usize::try_from(self.image.superblock.primary)?;
+            bytes[primary..primary + SECTOR].fill(0);
+        }
+        Ok(())
+    }
+
+    fn copy(&self, at: u64, length: usize, overwrite: bool) -> Result<u64> {
+        let mut buffer = Buffer::new();
+        let bytes = buffer.first(length);
+        self.expected(at, bytes)?;
+        if overwrite {
+            self.write(bytes, at)?;
+            return Ok(length as u64);
+        }
+        // Runs of blocks that are not zero: elsewhere the disk is.
+        let mut written = 0;
+        let mut start = None;
+        for end in (0..=length).step_by(BLOCK) {
+            let zero = bytes.get(end..end + BLOCK).is_none_or(|block| *block == ZEROS);
+            match (start, zero) {
+                (None, false) => start = Some(end),
+                (Some(from), true) => {
+                    self.write(&bytes[from..end], at + from as u64)?;
+                    written += (end - from) as u64;
+                    start = None;
+                }
+                _ => {}
+            }
+        }
+        Ok(written)
+    }
+
+    fn write(&self, bytes: &[u8], at: u64) -> Result<()> {
+        ensure!(std::time::Instant::now() < self.deadline, "at byte {at}: writing takes too long");
+        let doing = || format!("writing at byte {at}");
+        let written = self.device.write_once(bytes, at).with_context(doing)?;
+        ensure!(written == bytes.len(), "at byte {at}: {written} bytes of {} were written", bytes.len());
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.device.flush().context("flushing")
+    }
+
+    fn compare(&self, ranges: &[(u64, u64)]) -> Result<()> {
+        let mut reader = Reader::new(self.device.clone(), self.deadline);
+        let mut expected = vec![0; content::CHUNK];
+        for (at, length) in content::chunks(ranges) {
+            self.expected(at, &mut expected[..length])?;
+            ensure!(
+                reader.chunk(at, length)? == &expected[..length],
+                "what was written at byte {at} reads back differently"
+            );
+        }
+        Ok(())
+    }
+}
