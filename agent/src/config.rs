@@ -11,8 +11,8 @@ mod values;
 
 use serde::{Deserialize, Serialize};
 
-pub use file::{ConfigError, Loaded, load};
 pub use crate::host::block::VolumeId;
+pub use file::{ConfigError, Loaded, load};
 pub use values::{DeviceName, KeyArn, MountPoint, Name, Port, Seconds};
 
 /// Where the configuration is read from unless `--config` names another file.

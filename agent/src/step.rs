@@ -125,9 +125,14 @@ impl fmt::Display for Step {
             Self::FormatVolume { volume_id, filesystem, onto, .. } => {
                 let filesystem = filesystem.as_str();
                 match onto {
-                    Onto::Blank => write!(f, "format the blank volume {volume_id} with {filesystem}"),
+                    Onto::Blank => {
+                        write!(f, "format the blank volume {volume_id} with {filesystem}")
+                    }
                     Onto::Unfinished => {
-                        write!(f, "finish formatting {volume_id} with {filesystem}, which was interrupted")
+                        write!(
+                            f,
+                            "finish formatting {volume_id} with {filesystem}, which was interrupted"
+                        )
                     }
                     Onto::Unrecognised => write!(
                         f,

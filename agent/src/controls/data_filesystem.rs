@@ -86,10 +86,7 @@ impl Control for DataFilesystem {
             users: Fact::new("/sys/block, /proc/self/mountinfo, /proc/swaps", users),
             content: Fact::new("the disk itself, and blkid -p", content),
             intent: Fact::new(format::DIR, intent),
-            remains: Fact::new(
-                format::DIR,
-                volume.as_ref().map_or_else(no_disk, format::remains),
-            ),
+            remains: Fact::new(format::DIR, volume.as_ref().map_or_else(no_disk, format::remains)),
             tool: Fact::new(format::tool(filesystem).0, format::installed(filesystem)),
         }
     }
@@ -147,7 +144,9 @@ impl Control for DataFilesystem {
                 // The content was compared with the image of this intent; without it, it is nothing.
                 let instance_id = facts.instance_id.known()?;
                 match facts.intent.known()? {
-                    Some(intent) if intent.is_for(instance_id, disk, filesystem) => Onto::Unfinished,
+                    Some(intent) if intent.is_for(instance_id, disk, filesystem) => {
+                        Onto::Unfinished
+                    }
                     _ => return Ok(Plan::refuse(format!("{what}; what was begun is not known"))),
                 }
             }
@@ -155,7 +154,9 @@ impl Control for DataFilesystem {
             Content::Unrecognised { .. } => {
                 let interrupted = match facts.intent.known() {
                     Err(Unknown(why)) => {
-                        format!(" (whether it is a format that was interrupted is not known: {why})")
+                        format!(
+                            " (whether it is a format that was interrupted is not known: {why})"
+                        )
                     }
                     Ok(_) => String::new(),
                 };
@@ -209,7 +210,10 @@ fn describe(content: &Content, id: &VolumeId) -> String {
     match content {
         Content::Blank { read } => format!("{id} is blank ({} MiB read)", read >> 20),
         Content::Unfinished { written } => {
-            format!("{id} holds a format of hostagent's that was interrupted ({} KiB)", written >> 10)
+            format!(
+                "{id} holds a format of hostagent's that was interrupted ({} KiB)",
+                written >> 10
+            )
         }
         Content::Contradiction { blkid, own } => {
             format!("on {id} blkid finds {blkid}, but hostagent's own probe {own}")
@@ -403,7 +407,8 @@ mod tests {
         assert_eq!(with(Ok(None)), "refuse");
         assert_eq!(with(Err(anyhow!("damaged"))), "refuse");
         let used = Fact::new("t", Ok(vec!["held by dm-0".to_owned()]));
-        let used = Facts { users: used, intent: Fact::new("t", Ok(Some(intent()))), ..unfinished() };
+        let used =
+            Facts { users: used, intent: Fact::new("t", Ok(Some(intent()))), ..unfinished() };
         assert_eq!(plan(&config, &used), "refuse");
         // An intent alone widens nothing.
         for content in [signature("gpt", None), Content::Unrecognised { offset: 1 }] {
@@ -462,7 +467,8 @@ mod tests {
     }
 
     fn any_intent() -> impl Strategy<Value = Option<Intent>> {
-        let volume = prop_oneof![Just(id()), Just(VolumeId::parse("vol-0fffffffffffffff0").unwrap())];
+        let volume =
+            prop_oneof![Just(id()), Just(VolumeId::parse("vol-0fffffffffffffff0").unwrap())];
         let instance = prop_oneof![3 => Just(INSTANCE), 1 => Just("i-0fffffffffffffff0")];
         let size = prop_oneof![3 => Just(8_u64 << 30), 1 => Just(9_u64 << 30)];
         let filesystem = prop_oneof![3 => Just(Filesystem::Ext4), 1 => Just(Filesystem::Xfs)];

@@ -55,7 +55,8 @@ impl Control for DataSize {
     fn judge(&self, config: &Config, facts: &Facts) -> Result<Verdict, Unknown> {
         let (disk, size) = (facts.disk.known()?, *facts.size.known()?);
         let id = disk.volume_id().ok_or_else(|| Unknown("the disk has no volume id".into()))?;
-        let seen = format!("the filesystem has {} of the {} of {id}", human(size), human(disk.size));
+        let seen =
+            format!("the filesystem has {} of the {} of {id}", human(size), human(disk.size));
         if size > disk.size {
             return Ok(Verdict::fail(
                 "a filesystem that is not larger than its volume",
@@ -64,10 +65,15 @@ impl Control for DataSize {
             ));
         }
         if disk.size - size < SLACK {
-            return Ok(Verdict::pass(format!("the filesystem has all {} of {id}", human(disk.size))));
+            return Ok(Verdict::pass(format!(
+                "the filesystem has all {} of {id}",
+                human(disk.size)
+            )));
         }
         if !config.volume.grow {
-            return Ok(Verdict::NotApplicable { why: format!("{seen}, and volume.grow is not set") });
+            return Ok(Verdict::NotApplicable {
+                why: format!("{seen}, and volume.grow is not set"),
+            });
         }
         let expected = format!("a filesystem as large as {id} ({})", human(disk.size));
         Ok(Verdict::fail(expected, seen, "run `hostagent provision`"))
@@ -79,7 +85,8 @@ impl Control for DataSize {
         if !volume.grow || disk.size.saturating_sub(size) < SLACK {
             return Ok(Plan::Nothing);
         }
-        let volume_id = disk.volume_id().ok_or_else(|| Unknown("the disk has no volume id".into()))?;
+        let volume_id =
+            disk.volume_id().ok_or_else(|| Unknown("the disk has no volume id".into()))?;
         Ok(Plan::Steps(vec![Step::GrowFilesystem {
             volume_id,
             filesystem: volume.filesystem,
@@ -90,7 +97,11 @@ impl Control for DataSize {
 
 /// A size as it is read: whole gibibytes as such, others in mebibytes.
 fn human(bytes: u64) -> String {
-    if bytes % (1 << 30) == 0 { format!("{} GiB", bytes >> 30) } else { format!("{} MiB", bytes >> 20) }
+    if bytes.is_multiple_of(1 << 30) {
+        format!("{} GiB", bytes >> 30)
+    } else {
+        format!("{} MiB", bytes >> 20)
+    }
 }
 
 #[cfg(test)]

@@ -117,8 +117,9 @@ pub async fn inspect_opened(
         let told = blkid(&path).await?;
         let file = file.try_clone().context("duplicating a descriptor")?;
         let (image, recognised) = (image.clone(), told.is_some());
-        let reading =
-            in_time(began, limit, move |deadline| look(file, size, recognised, image, deadline));
+        let reading = in_time(began, limit, move |deadline| {
+            look(file, size, recognised, image.as_deref(), deadline)
+        });
         let seen = reading.await.with_context(|| format!("reading {}", path.display()))?;
         let content = combine(told.clone(), &seen);
         if matches!(content, Content::Contradiction { .. }) && tries < TRIES {
@@ -175,11 +176,14 @@ fn look(
     file: File,
     size: u64,
     recognised: bool,
-    image: Option<Arc<Image>>,
+    image: Option<&Image>,
     deadline: std::time::Instant,
 ) -> Result<Seen> {
     ensure!(size >= 64 * MIB, "the disk has {size} bytes; no EBS volume is that small");
-    ensure!(size % BLOCK as u64 == 0, "the disk's size is {size} bytes, no multiple of {BLOCK}");
+    ensure!(
+        size.is_multiple_of(BLOCK as u64),
+        "the disk's size is {size} bytes, no multiple of {BLOCK}"
+    );
     let mut reader = Reader::new(file, deadline);
     let mut head = vec![0; HEAD];
     reader.read(0, &mut head)?;
@@ -192,10 +196,10 @@ fn look(
     let mut walk = None;
     if !recognised && own.is_empty() {
         let mut ranges = regions(size);
-        if let Some(image) = &image {
+        if let Some(image) = image {
             ranges.extend(image.touches());
         }
-        walk = Some(walk_over(&mut reader, &merged(ranges), image.as_deref())?);
+        walk = Some(walk_over(&mut reader, &merged(ranges), image)?);
     }
     Ok(Seen { own, walk, bytes: reader.bytes, entry_types })
 }
@@ -547,9 +551,9 @@ mod tests {
             std::thread::sleep(Duration::from_secs(5));
             Ok(())
         };
-        let hung = runtime.block_on(in_time(begun, Duration::from_millis(100), hang));
+        let left = runtime.block_on(in_time(begun, Duration::from_millis(100), hang));
         runtime.shutdown_background();
-        let said = hung.unwrap_err().to_string();
+        let said = left.unwrap_err().to_string();
         assert!(said.starts_with("the disk did not answer within"), "{said}");
         assert!(begun.elapsed() < GRACE + Duration::from_secs(4));
     }

@@ -41,10 +41,11 @@ pub async fn size(disk: &Disk, filesystem: Filesystem, mount_point: &Path) -> Re
             let mut head = vec![0; superblock::HEAD];
             Reader::new(file, deadline).read(0, &mut head)?;
             let log = superblock::uncounted(&of(&disk, filesystem, &head)?);
-            let open = File::open(&place).with_context(|| format!("opening {}", place.display()))?;
+            let open =
+                File::open(&place).with_context(|| format!("opening {}", place.display()))?;
             let seen = nix::sys::statvfs::fstatvfs(&open)
                 .with_context(|| format!("asking for the size of {}", place.display()))?;
-            Ok(u64::from(seen.blocks()) * u64::from(seen.fragment_size()) + log)
+            Ok(seen.blocks() * seen.fragment_size() + log)
         }
     };
     content::in_time(Instant::now(), READ, read).await
@@ -72,7 +73,9 @@ pub async fn grow(volume: &VolumeId, filesystem: Filesystem, mount_point: &Path)
     let device = device.to_str().context("a device name that is not UTF-8")?;
     match filesystem {
         Filesystem::Ext4 => command::run(command::RESIZE2FS, &[device], GROW).await?.success()?,
-        Filesystem::Xfs => command::run(command::XFS_GROWFS, &["-d", place], GROW).await?.success()?,
+        Filesystem::Xfs => {
+            command::run(command::XFS_GROWFS, &["-d", place], GROW).await?.success()?
+        }
     };
     Ok(())
 }

@@ -95,13 +95,11 @@ const TABLE: &[(&str, At, &[u8])] = &[
 ];
 
 /// What is read in one go.
-const BLOCK: u64 = 4096;
+const BLOCK_LENGTH: usize = 4096;
+const BLOCK: u64 = BLOCK_LENGTH as u64;
 
 /// Looks for every signature on a disk of `size` bytes. `read` reads whole blocks of 4096 bytes.
-pub fn scan(
-    size: u64,
-    mut read: impl FnMut(u64, &mut [u8]) -> Result<()>,
-) -> Result<Vec<Found>> {
+pub fn scan(size: u64, mut read: impl FnMut(u64, &mut [u8]) -> Result<()>) -> Result<Vec<Found>> {
     let mut found = filesystem(&mut read)?;
     let mut add = |name: &str, at| found.push(Found { name: name.to_owned(), at, uuid: None });
     let mut places: Vec<(&str, u64, &[u8])> = Vec::new();
@@ -121,7 +119,7 @@ pub fn scan(
     places.extend(md.map(|at| ("linux_raid_member", at, &[0xfc, 0x4e, 0x2b, 0xa9][..])));
     places.sort_by_key(|(_, at, _)| *at);
 
-    let mut block = vec![0; BLOCK as usize];
+    let mut block = vec![0; BLOCK_LENGTH];
     let mut loaded = None;
     for (name, at, magic) in places {
         let (number, offset) = (at / BLOCK, (at % BLOCK) as usize);
@@ -158,17 +156,18 @@ pub fn filesystem(mut read: impl FnMut(u64, &mut [u8]) -> Result<()>) -> Result<
 /// ZFS has four labels of 256 KiB, two at each end; the second half of each is a ring of uberblocks.
 fn zfs(size: u64, mut read: impl FnMut(u64, &mut [u8]) -> Result<()>) -> Result<Vec<u64>> {
     const LABEL: u64 = 0x4_0000;
+    const RING: usize = 0x2_0000;
     const MAGIC: u64 = 0x00ba_b10c;
     let end = size / LABEL * LABEL;
     let mut found = Vec::new();
     let labels = [Some(0), Some(LABEL), end.checked_sub(2 * LABEL), end.checked_sub(LABEL)];
-    let mut ring = vec![0; LABEL as usize / 2];
+    let mut ring = vec![0; RING];
     for label in labels.into_iter().flatten().filter(|at| at + LABEL <= size) {
-        read(label + LABEL / 2, &mut ring)?;
+        read(label + RING as u64, &mut ring)?;
         let hit = ring.chunks_exact(1024).position(|uberblock| {
             uberblock[..8] == MAGIC.to_le_bytes() || uberblock[..8] == MAGIC.to_be_bytes()
         });
-        found.extend(hit.map(|index| label + LABEL / 2 + 1024 * index as u64));
+        found.extend(hit.map(|index| label + RING as u64 + 1024 * index as u64));
     }
     Ok(found)
 }
@@ -185,7 +184,7 @@ mod tests {
 
     fn scan_file(file: &File, size: u64) -> Vec<Found> {
         scan(size, |at, bytes| {
-            assert!(at % BLOCK == 0 && bytes.len() as u64 % BLOCK == 0, "unaligned");
+            assert!(at % BLOCK == 0 && (bytes.len() as u64).is_multiple_of(BLOCK), "unaligned");
             assert!(at + bytes.len() as u64 <= size, "beyond the end");
             Ok(file.read_exact_at(bytes, at)?)
         })
@@ -217,7 +216,10 @@ mod tests {
             };
             file.write_all_at(magic, at).unwrap();
             let found = scan_file(&file, SIZE);
-            assert!(found.iter().any(|f| f.name == *name && f.at == at), "{name} at {at}: {found:?}");
+            assert!(
+                found.iter().any(|f| f.name == *name && f.at == at),
+                "{name} at {at}: {found:?}"
+            );
         }
     }
 
@@ -234,7 +236,10 @@ mod tests {
             let file = blank();
             file.write_all_at(magic, at).unwrap();
             let found = scan_file(&file, SIZE);
-            assert!(found.iter().any(|f| f.name == name && f.at == at), "{name} at {at}: {found:?}");
+            assert!(
+                found.iter().any(|f| f.name == name && f.at == at),
+                "{name} at {at}: {found:?}"
+            );
         }
     }
 
