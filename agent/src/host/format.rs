@@ -278,7 +278,7 @@ fn extents(file: &File) -> Result<Vec<(u64, u64)>> {
 }
 
 /// The part of [`format()`] that takes nothing but the root disk: mkfs on a new image.
-async fn make_image(order: &Order, disk: &Disk, began: Instant) -> Result<Arc<Image>> {
+async fn make_image(order: &Order, disk: &Disk, began: Instant) -> Result<(Arc<Image>, Duration)> {
     let (program, package) = tool(order.filesystem);
     ensure!(installed(order.filesystem)?, "{program} is not there; install the package {package}");
     let path = image_path(&order.volume_id);
@@ -289,8 +289,8 @@ async fn make_image(order: &Order, disk: &Disk, began: Instant) -> Result<Arc<Im
     let args = arguments(order.filesystem, order.uuid, disk)?;
     let mut args: Vec<&str> = args.iter().map(String::as_str).collect();
     args.push(text);
-    let waited = began.elapsed();
-    info!(control = "data-filesystem", after_ms = ms(waited), "{program} begins");
+    info!(control = "data-filesystem", after_ms = ms(began.elapsed()), "{program} begins");
+    let start = Instant::now();
     let made = command::run(program, &args, MKFS_DEADLINE).await.and_then(command::Output::success);
     if let Err(e) = made {
         files::remove(&path)?;
@@ -304,9 +304,7 @@ async fn make_image(order: &Order, disk: &Disk, began: Instant) -> Result<Arc<Im
         Ok(Arc::new(image))
     };
     let image = content::in_time(Instant::now(), MKFS_DEADLINE, settle).await?;
-    let took = ms(began.elapsed().saturating_sub(waited));
-    info!(control = "data-filesystem", mkfs_ms = took, "{program} is done");
-    Ok(image)
+    Ok((image, start.elapsed()))
 }
 
 fn ms(duration: Duration) -> u64 {
@@ -418,7 +416,7 @@ pub async fn format(order: &Order) -> Result<()> {
     let device = block::open_checked(&disk, &exclusive)
         .with_context(|| format!("{volume_id} is in use, though nothing explains by whom"))?;
 
-    let (image, seen) = if order.onto == Onto::Unfinished {
+    let (image, mkfs, seen) = if order.onto == Onto::Unfinished {
         let intent = intent(volume_id)?.context("what was begun is not known any more")?;
         ensure!(
             intent.is_for(&order.instance_id, &disk, order.filesystem),
@@ -427,16 +425,15 @@ pub async fn format(order: &Order) -> Result<()> {
         let image = image_of(&intent).await?;
         let look = content::inspect_opened(&device, &disk, Some(image.clone()), PROOF_DEADLINE);
         let seen = look.await?;
-        (image, seen)
+        (image, Duration::ZERO, seen)
     } else {
         let proof = async {
             let seen = content::inspect_opened(&device, &disk, None, PROOF_DEADLINE).await?;
-            info!(control = "data-filesystem", proof_ms = seen.milliseconds, "the disk is read");
             still(order, &seen.content)?;
             Ok(seen)
         };
         match tokio::try_join!(make_image(order, &disk, began), proof) {
-            Ok(both) => both,
+            Ok(((image, took), seen)) => (image, took, seen),
             Err(e) => {
                 // mkfs, if it still ran, is killed; what it made is not wanted.
                 forget(volume_id)?;
@@ -460,10 +457,13 @@ pub async fn format(order: &Order) -> Result<()> {
     forget(volume_id)?;
     info!(
         control = "data-filesystem",
+        proof_ms = seen.milliseconds,
+        proof_bytes = seen.bytes,
+        mkfs_ms = ms(mkfs),
         copy_ms = ms(start.elapsed()),
+        copy_bytes = written,
         total_ms = ms(began.elapsed()),
-        bytes = written,
-        "{} is on {volume_id}",
+        "{} is written to {volume_id}",
         order.filesystem.as_str()
     );
     Ok(())
@@ -591,8 +591,9 @@ impl<D: Device + Clone> Copy<'_, D> {
             written += self.copy(at, length, overwrite)?;
         }
         self.flush()?;
-        // Read back before the disk says that it carries this filesystem.
-        self.compare(&ranges)?;
+        // Read back before the disk says that it carries this filesystem. What was read as zero a
+        // moment ago, and is not written to, is not read again.
+        self.compare(if overwrite { &ranges } else { &self.image.extents })?;
         let mut head = Buffer::new();
         let head = head.first(BLOCK);
         self.image.read(0, head)?;
