@@ -13,8 +13,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::host::block::VolumeId;
-
+pub use crate::host::block::VolumeId;
 pub use file::{ConfigError, Loaded, load};
 pub use values::{AssembledDevice, DeviceName, KeyArn, MountPoint, Name, Port, Seconds, Tag};
 
@@ -83,6 +82,10 @@ pub struct Volume {
     pub mount_point: MountPoint,
     /// The filesystem it carries.
     pub filesystem: Filesystem,
+    /// Whether the filesystem grows when the volume has grown.
+    pub grow: bool,
+    /// Volumes that may be formatted although they hold something, as long as nothing recognises it.
+    pub format_unrecognised: Vec<VolumeId>,
     /// ARNs of the KMS keys that are accepted; empty accepts every key.
     pub kms_keys: Vec<String>,
     /// How long `provision` waits for the attachment, in seconds.
@@ -104,6 +107,8 @@ impl Default for Volume {
             assembled: None,
             mount_point: MountPoint("/data".into()),
             filesystem: Filesystem::Ext4,
+            grow: false,
+            format_unrecognised: Vec::new(),
             kms_keys: Vec::new(),
             wait_seconds: Seconds(600),
         }
@@ -143,6 +148,8 @@ impl fmt::Display for Select {
 pub enum Filesystem {
     /// ext4
     Ext4,
+    /// XFS, with `ftype=1`.
+    Xfs,
 }
 
 impl Filesystem {
@@ -151,6 +158,7 @@ impl Filesystem {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Ext4 => "ext4",
+            Self::Xfs => "xfs",
         }
     }
 }

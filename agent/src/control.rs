@@ -266,6 +266,7 @@ pub static REGISTRY: &[&dyn Check] = &[
     &controls::data_volume::DataVolume,
     &controls::data_filesystem::DataFilesystem,
     &controls::data_mount::DataMount,
+    &controls::data_size::DataSize,
     &controls::docker_storage::DockerStorage,
 ];
 

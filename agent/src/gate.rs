@@ -196,7 +196,7 @@ fn the_one(mounts: &[Mount], path: &str, root: &str) -> Result<DevNum> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::volume::DataDevice;
+    use crate::host::device::DataDevice;
     use jiff::Timestamp;
 
     const DATA: DevNum = DevNum { major: 259, minor: 1 };

@@ -5,25 +5,22 @@
 //! interrupted by the end of the run.
 
 use std::fmt;
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
-use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::info;
 
 use crate::aws::cache::{self, Confirmation};
 use crate::config::Filesystem;
 use crate::control::Context;
-use crate::host::block::{self, Content, VolumeId, Volumes};
+use crate::host::block::{self, Volumes};
 use crate::host::chain;
+use crate::host::format::{self, Onto, Order};
 use crate::host::uevents::Uevents;
-use crate::host::{command, files, mounts, sshd};
+use crate::host::{files, growth, mounts, sshd};
 use crate::volume::{self, State};
 
 /// One change to the host, or one wait for something that changes it.
@@ -44,14 +41,30 @@ pub enum Step {
     },
     /// Forget that EC2 confirmed a volume, so that the gate closes.
     ForgetVolume,
-    /// Make a filesystem on the volume, if its disk is blank at that moment.
+    /// Make a filesystem on the volume, if its disk holds at that moment what the plan has seen.
     FormatVolume {
         /// The volume.
-        volume_id: VolumeId,
+        volumes: Volumes,
         /// The filesystem to make.
         filesystem: Filesystem,
         /// The UUID it gets.
         uuid: uuid::Uuid,
+        /// What it is made over.
+        onto: Onto,
+    },
+    /// Remove what is kept of a format that is complete.
+    ForgetFormat {
+        /// The volume.
+        volumes: Volumes,
+    },
+    /// Enlarge the mounted filesystem to the size of its volume.
+    GrowFilesystem {
+        /// The volume.
+        volumes: Volumes,
+        /// The filesystem.
+        filesystem: Filesystem,
+        /// Where it is mounted.
+        mount_point: PathBuf,
     },
     /// Make an empty, immutable directory to mount on.
     PrepareMountPoint {
@@ -111,8 +124,31 @@ impl fmt::Display for Step {
                 write!(f, "remember that EC2 confirmed {}", confirmation.ids())
             }
             Self::ForgetVolume => f.write_str("forget that EC2 confirmed a volume"),
-            Self::FormatVolume { volume_id, filesystem, .. } => {
-                write!(f, "format the blank volume {volume_id} with {}", filesystem.as_str())
+            Self::FormatVolume { volumes, filesystem, onto, .. } => {
+                let filesystem = filesystem.as_str();
+                match onto {
+                    Onto::Blank => {
+                        write!(f, "format the blank volume {volumes} with {filesystem}")
+                    }
+                    Onto::Unfinished => {
+                        write!(
+                            f,
+                            "finish formatting {volumes} with {filesystem}, which was interrupted"
+                        )
+                    }
+                    Onto::Unrecognised => write!(
+                        f,
+                        "format {volumes} with {filesystem}, over what nothing recognises there, as \
+                         volume.format_unrecognised allows"
+                    ),
+                }
+            }
+            Self::ForgetFormat { volumes } => {
+                write!(f, "remove what is kept of the finished format of {volumes}")
+            }
+            Self::GrowFilesystem { volumes, mount_point, .. } => {
+                let place = mount_point.display();
+                write!(f, "enlarge the filesystem on {place} to the size of {volumes}")
             }
             Self::PrepareMountPoint { path } => {
                 write!(f, "make {} an empty, immutable directory", path.display())
@@ -133,12 +169,6 @@ impl fmt::Display for Step {
 /// How long a unit may take to start or stop.
 const UNIT_DEADLINE: Duration = Duration::from_secs(300);
 
-/// How long making a filesystem may take.
-const FORMAT_DEADLINE: Duration = Duration::from_secs(900);
-
-/// How long flushing a new filesystem may take.
-const FLUSH_DEADLINE: Duration = Duration::from_secs(300);
-
 /// Between two questions to EC2 while nothing happens in the kernel.
 const ASK_AGAIN: Duration = Duration::from_secs(60);
 
@@ -148,8 +178,13 @@ pub async fn apply(step: &Step, cx: &Context) -> Result<()> {
         Step::AwaitVolume { seconds, .. } => await_volume(cx, *seconds).await,
         Step::RememberVolume { confirmation } => cache::write(confirmation),
         Step::ForgetVolume => files::remove(Path::new(cache::PATH)),
-        Step::FormatVolume { volume_id, filesystem, uuid } => {
-            format_volume(volume_id, *filesystem, *uuid).await
+        Step::FormatVolume { volumes, filesystem, uuid, onto } => {
+            format_volume(cx, volumes, *filesystem, *uuid, *onto).await
+        }
+        Step::ForgetFormat { volumes } => format::forget(volumes),
+        Step::GrowFilesystem { volumes, filesystem, mount_point } => {
+            let device = volume::find_again(cx, volumes).await?;
+            growth::grow(&device, *filesystem, mount_point).await
         }
         Step::PrepareMountPoint { path } => prepare_mount_point(path),
         Step::WriteFile { path, content, mode } => files::write_atomic(path, content, *mode),
@@ -227,67 +262,23 @@ async fn missing(cx: &Context) -> Option<String> {
     }
 }
 
-/// The step that can destroy data. Everything that led to it is proven again here, on the opened
-/// device: the serial number, that nobody uses it, and that it is blank.
+/// The step that can destroy data. Everything that led to it is proven again there, on the opened
+/// disk; that unrecognised content may be destroyed is asked of the configuration again here.
 async fn format_volume(
-    volume_id: &VolumeId,
+    cx: &Context,
+    volumes: &Volumes,
     filesystem: Filesystem,
     uuid: uuid::Uuid,
+    onto: Onto,
 ) -> Result<()> {
-    let disk = block::disk_of_volume(volume_id)?
-        .with_context(|| format!("the kernel has no disk with the serial number of {volume_id}"))?;
-    let users = block::users(&disk)?;
-    ensure!(users.is_empty(), "{volume_id} is in use: {}", users.join(", "));
-
-    // An open descriptor keeps the kernel from giving this name to another disk; the lock keeps
-    // udev from probing meanwhile (https://systemd.io/BLOCK_DEVICE_LOCKING).
-    let pinned = block::open_checked(&disk, OpenOptions::new().read(true).write(true))?;
-    let locked =
-        lock(pinned).await.with_context(|| format!("locking {}", disk.path().display()))?;
-    {
-        // O_EXCL on a block device fails while anybody (a mount, a mapping, mkfs) has it so open.
-        let mut exclusive = OpenOptions::new();
-        exclusive.read(true).custom_flags(nix::libc::O_EXCL);
-        let _held = block::open_checked(&disk, &exclusive)
-            .with_context(|| format!("{volume_id} is in use, though nothing explains by whom"))?;
-        match block::content(&disk).await? {
-            Content::Blank { .. } => {}
-            other => bail!("{volume_id} is not blank any more: {other:?}"),
-        }
-    }
-    let path = disk.path();
-    let path = path.to_str().context("a device name that is not UTF-8")?;
-    let uuid = uuid.to_string();
-    let Filesystem::Ext4 = filesystem;
-    // mkfs opens the disk exclusively itself, and refuses one in use; our own exclusive descriptor
-    // had to be given up for that. No discard: there is nothing to discard on a blank disk.
-    let args = ["-q", "-E", "nodiscard", "-L", LABEL, "-U", &uuid, path];
-    command::run(command::MKFS_EXT4, &args, FORMAT_DEADLINE).await?.success()?;
-    // In a thread: a disk that hangs must not hang the whole program.
-    let flush = tokio::task::spawn_blocking(move || locked.sync_all());
-    let flushed = timeout(FLUSH_DEADLINE, flush).await;
-    flushed
-        .with_context(|| format!("{path} was not flushed within {} s", FLUSH_DEADLINE.as_secs()))?
-        .context("flushing the disk")?
-        .with_context(|| format!("flushing {path}"))
+    let device = volume::find_again(cx, volumes).await?;
+    let named = &cx.config.volume.format_unrecognised;
+    let allowed = volumes.ids().iter().all(|id| named.contains(id));
+    let instance_id = cx.aws.identity().await?.instance_id.clone();
+    let volumes = volumes.clone();
+    let order = Order { volumes, filesystem, uuid, onto, allowed, instance_id };
+    format::format(&order, &device).await
 }
-
-/// Takes the lock as soon as it is free: udev holds it while it probes a disk that has just come.
-async fn lock(mut file: File) -> Result<Flock<File>> {
-    let until = Instant::now() + Duration::from_secs(30);
-    loop {
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(locked) => return Ok(locked),
-            Err((_, e)) if Instant::now() > until => return Err(e.into()),
-            Err((unlocked, Errno::EWOULDBLOCK)) => file = unlocked,
-            Err((_, e)) => return Err(e.into()),
-        }
-        sleep(Duration::from_millis(20)).await;
-    }
-}
-
-/// The label of the filesystem that hostagent makes.
-pub const LABEL: &str = "hostagent-data";
 
 /// Docker's units in the order in which they are stopped: the socket first, because it would start
 /// Docker again.

@@ -12,8 +12,7 @@ use serde::Deserialize;
 use super::values::{
     AssembledDevice, DeviceName, KeyArn, MountPoint, Name, OneOrMore, Port, Seconds, Tag,
 };
-use super::{Config, DEFAULT_PATH, Filesystem, Select, Tenancy};
-use crate::host::block::VolumeId;
+use super::{Config, DEFAULT_PATH, Filesystem, Select, Tenancy, VolumeId};
 
 /// One file's content: every key optional, an unknown key an error.
 #[derive(Debug, Default, Deserialize)]
@@ -69,6 +68,8 @@ struct FileVolume {
     assembled: Option<AssembledDevice>,
     mount_point: Option<MountPoint>,
     filesystem: Option<Filesystem>,
+    grow: Option<bool>,
+    format_unrecognised: Option<Vec<VolumeId>>,
     kms_keys: Option<Vec<KeyArn>>,
     wait_seconds: Option<Seconds>,
 }
@@ -148,6 +149,8 @@ impl Config {
         set(&mut self.volume.assembled, volume.assembled.map(Some));
         set(&mut self.volume.mount_point, volume.mount_point);
         set(&mut self.volume.filesystem, volume.filesystem);
+        set(&mut self.volume.grow, volume.grow);
+        set(&mut self.volume.format_unrecognised, volume.format_unrecognised);
         set(
             &mut self.volume.kms_keys,
             volume.kms_keys.map(|keys| keys.into_iter().map(|key| key.0).collect()),
@@ -393,6 +396,12 @@ mod tests {
             ("[volume]\ntag = \"x\"\n", ":2: volume.tag: must be a tag's key and value"),
             ("[volume]\nassembled = \"/dev/../x\"\n", ":2: volume.assembled: must be the path"),
             ("[volume]\nfilesystem = \"ntfs\"\n", ":2: volume.filesystem: unknown variant `ntfs`"),
+            ("[volume]\ngrow = \"yes\"\n", ":2: volume.grow: invalid type: string"),
+            (
+                "[volume]\nformat_unrecognised = [\"/dev/sdf\"]\n",
+                ":2: volume.format_unrecognised: \"/dev/sdf\" is not a volume id",
+            ),
+            ("[volume]\nformat_unrecognised = true\n", ":2: volume.format_unrecognised: invalid"),
             ("[volume]\nkms_keys = [\n \"alias/x\"]\n", ":2: volume.kms_keys: must be the ARN"),
             ("[volume]\nwait_seconds = -1\n", ":2: volume.wait_seconds: -1 is out of range"),
             ("[instance]\ntenancy = []\n", ":2: instance.tenancy: must name at least one"),

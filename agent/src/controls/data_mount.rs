@@ -10,11 +10,12 @@ use super::unit_path;
 use crate::config::Config;
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
 use crate::host::chain;
+use crate::host::device::DataDevice;
 use crate::host::files::{self, Place};
 use crate::host::mounts::{self, Mount, unit_name};
 use crate::host::systemd::Unit;
 use crate::step::Step;
-use crate::volume::{self, DataDevice};
+use crate::volume;
 
 /// See the module.
 pub struct DataMount;
@@ -274,7 +275,7 @@ mod tests {
     fn bare() -> Facts {
         let link = PathBuf::from("/dev/disk/by-id/nvme-X_vol0123456789abcdef0_1");
         Facts {
-            device: Fact::new("t", Ok(crate::volume::example(DATA))),
+            device: Fact::new("t", Ok(crate::host::device::example(DATA))),
             link: Fact::new("t", Ok(Some(link))),
             mounts: Fact::new("t", Ok(vec![])),
             place: Fact::new("t", Ok(Some(Place::Absent))),

@@ -13,12 +13,13 @@ use crate::config::Config;
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
 use crate::gate::{self, STORAGE};
 use crate::host::block::DevNum;
+use crate::host::device::DataDevice;
 use crate::host::docker::{self, HeldFile, Storage};
 use crate::host::files;
 use crate::host::mounts::{self, Mount, unit_name};
 use crate::host::systemd::{Systemd, Unit};
 use crate::step::Step;
-use crate::volume::{self, DataDevice};
+use crate::volume;
 
 /// See the module.
 pub struct DockerStorage;
@@ -427,7 +428,7 @@ mod tests {
             held: Fact::new("t", Ok(Some(vec![held(name, ROOT)]))),
         };
         Facts {
-            device: Fact::new("t", Ok(crate::volume::example(DATA))),
+            device: Fact::new("t", Ok(crate::host::device::example(DATA))),
             gate: Fact::new("t", Err(anyhow!("nothing is mounted on /data"))),
             directories: STORAGE.map(directory).into(),
             daemons: DAEMONS.map(daemon).into(),

@@ -4,6 +4,7 @@
 pub mod boot_order;
 pub mod data_filesystem;
 pub mod data_mount;
+pub mod data_size;
 pub mod data_volume;
 pub mod docker_storage;
 pub mod instance_tenancy;

@@ -1,21 +1,20 @@
-//! Block devices: which disks the kernel has, which EBS volume each is, who uses them, and what is
-//! on them. Nothing here writes to a disk.
+//! Block devices: which disks the kernel has, which EBS volume each is, and who uses them. Nothing
+//! here reads what is on a disk ([`super::content`]) or writes to one ([`super::format`]).
 //!
 //! A disk is identified by its serial number and never by its name: on Nitro the serial of an EBS
 //! disk is the volume id without its dash (EC2 User Guide, "EBS volumes and NVMe"); kernel names
 //! depend on the order in which devices answer and change between boots.
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::io::ErrorKind;
-use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::{command, mounts};
+use super::mounts;
 
 /// The model of instance-store disks, which are never a data volume.
 const INSTANCE_STORE: &str = "Amazon EC2 NVMe Instance Storage";
@@ -289,28 +288,19 @@ pub(super) fn disk_in(dir: &Path) -> Result<Option<Disk>> {
     }))
 }
 
-/// The whole disk with this device number.
-pub fn disk_by_number(number: DevNum) -> Result<Option<Disk>> {
-    Ok(disks()?.into_iter().find(|disk| disk.number == number))
+/// The size in bytes of the sectors in which a disk stores its data; what a filesystem should use.
+pub fn physical_block_size(device: DevNum) -> Result<u64> {
+    let dir = PathBuf::from(format!("/sys/dev/block/{device}"));
+    attribute(&dir, &["queue/physical_block_size"])?
+        .and_then(|text| text.parse().ok())
+        .with_context(|| format!("the kernel does not tell the size of the sectors of {device}"))
 }
 
-/// The one disk that is this volume. Two disks with one serial number are an error: then the serial
-/// does not tell which is meant.
-pub fn disk_of_volume(volume: &VolumeId) -> Result<Option<Disk>> {
-    let mut found: Vec<Disk> =
-        disks()?.into_iter().filter(|disk| disk.volume_id().as_ref() == Some(volume)).collect();
-    if found.len() > 1 {
-        let names: Vec<&str> = found.iter().map(|disk| disk.name.as_str()).collect();
-        bail!("{} disks have the serial number of {volume}: {}", found.len(), names.join(", "));
-    }
-    Ok(found.pop())
-}
-
-/// Who uses a disk: partitions, device mapper and md above it, mounts, swap. Empty means nobody.
-pub fn users(disk: &Disk) -> Result<Vec<String>> {
-    let dir = Path::new("/sys/block").join(&disk.name);
+/// Who uses a device: partitions, device mapper and md above it, mounts, swap. Empty means nobody.
+pub fn users(device: DevNum) -> Result<Vec<String>> {
+    let dir = PathBuf::from(format!("/sys/dev/block/{device}"));
     let mut users = Vec::new();
-    let mut numbers = vec![disk.number];
+    let mut numbers = vec![device];
     for entry in fs::read_dir(&dir).with_context(|| format!("listing {}", dir.display()))? {
         let path = entry.with_context(|| format!("listing {}", dir.display()))?.path();
         if path.join("partition").exists() {
@@ -350,268 +340,11 @@ fn holders(dir: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// What is on a disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "kind")]
-pub enum Content {
-    /// Every region that was read holds zeros only, and blkid(8) finds nothing.
-    Blank {
-        /// How many bytes were read.
-        read: u64,
-    },
-    /// A filesystem, partition table or other signature.
-    Signature {
-        /// Its type as blkid(8) names it, such as `ext4`, `LVM2_member`, `gpt`.
-        name: String,
-        /// Its UUID.
-        uuid: Option<String>,
-        /// Its label.
-        label: Option<String>,
-    },
-    /// Bytes that are not zero and that nothing recognises.
-    Unrecognised {
-        /// Where the first of them is.
-        offset: u64,
-    },
-}
-
-/// Looks at what is on a disk. Any error in reading is an error, never "nothing there".
-pub async fn content(disk: &Disk) -> Result<Content> {
-    let path = disk.path();
-    let file = open_checked(disk, OpenOptions::new().read(true).custom_flags(nix::libc::O_DIRECT))?;
-    if let Some(signature) = blkid(&path).await? {
-        return Ok(signature);
-    }
-    let size = disk.size;
-    let first = tokio::task::spawn_blocking(move || first_nonzero(&file, size))
-        .await
-        .context("reading the disk")?
-        .with_context(|| format!("reading {}", path.display()))?;
-    Ok(match first {
-        Scan { nonzero: Some(offset), .. } => Content::Unrecognised { offset },
-        Scan { nonzero: None, read } => Content::Blank { read },
-    })
-}
-
-/// Opens a disk's device file and proves, by the opened descriptor, that it is that disk.
-pub fn open_checked(disk: &Disk, options: &OpenOptions) -> Result<File> {
-    let path = disk.path();
-    let file = options.open(&path).with_context(|| format!("opening {}", path.display()))?;
-    let meta = file.metadata().with_context(|| format!("looking at {}", path.display()))?;
-    if !meta.file_type().is_block_device() || DevNum::of(meta.rdev()) != disk.number {
-        bail!("{} is not the block device {}", path.display(), disk.number);
-    }
-    // By number, not by name: this is what the kernel says of the device that is now open.
-    let dir = PathBuf::from(format!("/sys/dev/block/{}", disk.number));
-    let serial = attribute(&dir, &["device/serial", "serial"])?;
-    if serial != disk.serial {
-        bail!("{} has the serial number {serial:?}, not {:?}", path.display(), disk.serial);
-    }
-    Ok(file)
-}
-
-/// What `blkid -p` finds. Its exit status 2 means "nothing found" and also "could not read", so an
-/// answer of "nothing" proves nothing by itself (util-linux, kubernetes#142243).
-async fn blkid(path: &Path) -> Result<Option<Content>> {
-    let path = path.to_string_lossy();
-    let args = ["-p", "-o", "export", &path];
-    let output = command::run(command::BLKID, &args, Duration::from_secs(60)).await?;
-    match output.code {
-        Some(2) => Ok(None),
-        Some(0) => Ok(Some(parse_blkid(&output.stdout))),
-        // 8: several signatures contradict each other.
-        Some(8) => Ok(Some(Content::Signature {
-            name: "several signatures that contradict each other".into(),
-            uuid: None,
-            label: None,
-        })),
-        _ => Err(output.error()),
-    }
-}
-
-fn parse_blkid(stdout: &str) -> Content {
-    let get = |key: &str| {
-        stdout.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix('=')).map(str::to_owned)
-    };
-    let name = get("TYPE").or_else(|| get("PTTYPE")).unwrap_or_else(|| "something unnamed".into());
-    Content::Signature { name, uuid: get("UUID"), label: get("LABEL") }
-}
-
-/// The size of direct reads, and what offsets are multiples of.
-const BLOCK: usize = 4096;
-const CHUNK: usize = 1 << 20;
-const MIB: u64 = 1 << 20;
-
-struct Scan {
-    nonzero: Option<u64>,
-    read: u64,
-}
-
-/// Reads every region in which a signature, a backup superblock or a second header can be, and
-/// samples of the rest, and tells where the first byte is that is not zero.
-fn first_nonzero(file: &impl ReadAt, size: u64) -> Result<Scan> {
-    if size < 64 * MIB {
-        bail!("the disk has {size} bytes; no EBS volume is that small");
-    }
-    let zeros = vec![0_u8; CHUNK];
-    let mut buffer = vec![0_u8; CHUNK + BLOCK];
-    let skew = buffer.as_ptr().align_offset(BLOCK);
-    let buffer = &mut buffer[skew..skew + CHUNK];
-    let mut read = 0;
-    for (offset, length) in regions(size) {
-        let mut at = offset;
-        while at < offset + length {
-            let want = usize::try_from((offset + length - at).min(CHUNK as u64))?;
-            let part = &mut buffer[..want];
-            let got = file.read_at_once(part, at).with_context(|| format!("at byte {at}"))?;
-            if got != want {
-                bail!("at byte {at}: {got} bytes were read instead of {want}");
-            }
-            // Compared as a whole first: nearly all of it is zeros.
-            if *part != zeros[..want] {
-                let index = part.iter().position(|byte| *byte != 0).unwrap_or(0);
-                return Ok(Scan { nonzero: Some(at + index as u64), read });
-            }
-            at += want as u64;
-            read += want as u64;
-        }
-    }
-    Ok(Scan { nonzero: None, read })
-}
-
-/// The regions to read, as offset and length; multiples of [`BLOCK`], within `size`.
-fn regions(size: u64) -> Vec<(u64, u64)> {
-    let block = BLOCK as u64;
-    let end = size / block * block;
-    // The head holds nearly all signatures, LUKS2's second header (at most at 4 MiB) and LVM's
-    // metadata; the tail holds GPT's second table, md 0.9 and 1.0, ZFS's labels 2 and 3, DDF.
-    let mut regions = vec![(0, 8 * MIB), (end - 8 * MIB, 8 * MIB)];
-    // The backup superblocks of ext2/3/4 with `sparse_super`: groups 1 and powers of 3, 5 and 7.
-    for (blocksize, first) in [(1024_u64, 1024_u64), (2048, 0), (4096, 0)] {
-        let group_bytes = blocksize * 8 * blocksize;
-        for base in [3_u64, 5, 7] {
-            let mut group = 1_u64;
-            while let Some(at) = group.checked_mul(group_bytes).map(|at| at + first)
-                && at < end
-            {
-                regions.push((at, 2 * block));
-                group *= base;
-            }
-        }
-    }
-    // btrfs mirrors its superblock at 64 MiB and 256 GiB.
-    regions.extend([(64 * MIB, block), (256 * 1024 * MIB, block)]);
-    // XFS begins each allocation group with a superblock; mkfs makes four by default, and a
-    // partition may begin anywhere: evenly spread samples, quarters among them.
-    let samples = 1024;
-    regions.extend((0..samples).map(|i| (end / samples * i, 2 * block)));
-    regions
-        .into_iter()
-        .map(|(at, length)| (at / block * block, length))
-        .filter(|(at, length)| at + length <= end)
-        .collect()
-}
-
-/// One positioned read, so that tests can read from something that fails.
-trait ReadAt {
-    fn read_at_once(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<usize>;
-}
-
-impl ReadAt for File {
-    fn read_at_once(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<usize> {
-        loop {
-            match self.read_at(buffer, offset) {
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                result => return result,
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::cell::RefCell;
 
     const SIZE: u64 = 8 << 30;
-
-    /// A disk of zeros, but for some bytes; optionally failing or short at an offset.
-    #[derive(Default)]
-    struct Fake {
-        bytes: Vec<u64>,
-        fail: Option<u64>,
-        short: Option<u64>,
-        reads: RefCell<u64>,
-    }
-
-    impl ReadAt for Fake {
-        fn read_at_once(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<usize> {
-            *self.reads.borrow_mut() += 1;
-            buffer.fill(0);
-            let length = buffer.len() as u64;
-            let within = |at: &u64| (offset..offset + length).contains(at);
-            if self.fail.as_ref().is_some_and(within) {
-                return Err(std::io::Error::from_raw_os_error(nix::libc::EIO));
-            }
-            for at in self.bytes.iter().filter(|at| within(at)) {
-                buffer[usize::try_from(at - offset).unwrap()] = 1;
-            }
-            let short = self.short.as_ref().is_some_and(within);
-            Ok(if short { buffer.len() / 2 } else { buffer.len() })
-        }
-    }
-
-    #[test]
-    fn zeros_everywhere_are_blank() {
-        let scan = first_nonzero(&Fake::default(), SIZE).unwrap();
-        assert_eq!(scan.nonzero, None);
-        assert!(scan.read > 16 * MIB);
-    }
-
-    #[test]
-    fn one_byte_where_a_signature_can_be_is_seen() {
-        let table = [
-            0,
-            510,                     // MBR
-            1024 + 56,               // ext superblock's magic
-            64 * 1024 + 64,          // btrfs
-            4 * MIB + 6,             // LUKS2's second header
-            32_768 * 4096 + 56,      // ext4's first backup superblock
-            3 * 32_768 * 4096 + 56,  // its second
-            25 * 32_768 * 4096 + 56, // and a later one
-            8193 * 1024 + 56,        // the first backup with blocks of 1 KiB
-            64 * MIB + 64,           // btrfs' mirror
-            SIZE / 4,                // an XFS allocation group
-            SIZE - 1,
-            SIZE - 512,        // GPT's second header
-            SIZE - 64 * 1024,  // md 0.9
-            SIZE - 512 * 1024, // a ZFS label
-        ];
-        for at in table {
-            let fake = Fake { bytes: vec![at], ..Fake::default() };
-            assert_eq!(first_nonzero(&fake, SIZE).unwrap().nonzero, Some(at), "byte {at}");
-        }
-    }
-
-    #[test]
-    fn a_read_that_fails_or_is_short_is_never_blank() {
-        for at in [0, 7 * MIB, 32_768 * 4096, SIZE - 4096] {
-            let fails = Fake { fail: Some(at), ..Fake::default() };
-            assert!(first_nonzero(&fails, SIZE).is_err(), "EIO at {at}");
-            let short = Fake { short: Some(at), ..Fake::default() };
-            assert!(first_nonzero(&short, SIZE).is_err(), "short at {at}");
-        }
-        assert!(first_nonzero(&Fake::default(), 0).is_err(), "a disk of no size");
-    }
-
-    #[test]
-    fn regions_stay_on_the_disk_and_are_aligned() {
-        for size in [64 * MIB, 64 * MIB + 512, 1 << 30, (16 << 40) - 512] {
-            for (at, length) in regions(size) {
-                assert!(at + length <= size && at % BLOCK as u64 == 0, "{at}+{length} of {size}");
-            }
-        }
-    }
 
     #[test]
     fn volume_ids_come_from_serials_with_or_without_dash() {
@@ -631,25 +364,6 @@ mod tests {
         // Frozen: another value would make every existing host's volume "not ours".
         assert_eq!(id("vol-0123456789abcdef0").to_string(), "f0b4e71b-1faa-5482-8fe4-ee9f5521efef");
         assert_ne!(id("vol-0123456789abcdef0"), id("vol-0123456789abcdef1"));
-    }
-
-    #[test]
-    fn blkid_exports_are_read() {
-        let ext4 =
-            "DEVNAME=/dev/nvme0n1\nUUID=1-2\nLABEL=a b\nVERSION=1.0\nTYPE=ext4\nUSAGE=filesystem\n";
-        assert_eq!(
-            parse_blkid(ext4),
-            Content::Signature {
-                name: "ext4".into(),
-                uuid: Some("1-2".into()),
-                label: Some("a b".into())
-            }
-        );
-        let gpt = "DEVNAME=/dev/nvme0n1\nPTUUID=7\nPTTYPE=gpt\n";
-        assert_eq!(
-            parse_blkid(gpt),
-            Content::Signature { name: "gpt".into(), uuid: None, label: None }
-        );
     }
 
     #[test]

@@ -12,6 +12,12 @@ use tokio::process::Command;
 pub const BLKID: &str = "/sbin/blkid";
 /// mkfs.ext4(8)
 pub const MKFS_EXT4: &str = "/sbin/mkfs.ext4";
+/// mkfs.xfs(8)
+pub const MKFS_XFS: &str = "/sbin/mkfs.xfs";
+/// resize2fs(8)
+pub const RESIZE2FS: &str = "/sbin/resize2fs";
+/// xfs_growfs(8)
+pub const XFS_GROWFS: &str = "/usr/sbin/xfs_growfs";
 /// sshd(8)
 pub const SSHD: &str = "/usr/sbin/sshd";
 

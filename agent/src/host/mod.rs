@@ -4,11 +4,17 @@
 pub mod block;
 pub mod chain;
 pub mod command;
+pub mod content;
+pub mod device;
 pub mod docker;
 pub mod files;
+pub mod format;
+pub mod growth;
 pub mod identity;
 pub mod mounts;
+pub mod signatures;
 pub mod sshd;
+pub mod superblock;
 pub mod systemd;
 pub mod uevents;
 

@@ -415,6 +415,13 @@ mod tests {
         assert_eq!(seen(std::process::id()), [Listener { address, owned: true }]);
         assert_eq!(seen(0), [Listener { address, owned: false }]);
         drop(listener);
-        assert!(seen(0).is_empty());
+        // A program that another test is starting holds a copy of it until it runs.
+        for _ in 0..500 {
+            if seen(0).is_empty() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("it is still there");
     }
 }

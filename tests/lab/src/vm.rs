@@ -91,6 +91,41 @@ impl Vm {
         self.monitor.execute("device_add", &device).map(drop)
     }
 
+    /// Plugs a virtio disk into the running machine, with the volume's serial. Unlike QEMU's NVMe
+    /// disks, the guest sees it grow ([`Vm::resize`]), as EBS volumes do.
+    pub fn plug_virtio(&mut self, file: &Path, serial: &str) -> Result<()> {
+        let backing = json!({
+            "driver": "raw",
+            "node-name": format!("node-{serial}"),
+            "file": { "driver": "file", "filename": file },
+        });
+        self.monitor.execute("blockdev-add", &backing)?;
+        let device = json!({
+            "driver": "virtio-blk-pci",
+            "id": format!("virtio-{serial}"),
+            "drive": format!("node-{serial}"),
+            "serial": serial,
+        });
+        self.monitor.execute("device_add", &device).map(drop)
+    }
+
+    /// Makes a virtio disk larger under the running guest: the volume being modified.
+    pub fn resize(&mut self, serial: &str, gibibytes: u32) -> Result<()> {
+        let size = u64::from(gibibytes) << 30;
+        let change = json!({ "node-name": format!("node-{serial}"), "size": size });
+        self.monitor.execute("block_resize", &change).map(drop)
+    }
+
+    /// Lets a plugged NVMe disk take this many bytes a second; 0 for as many as come.
+    pub fn throttle_writes(&mut self, serial: &str, bytes_per_second: u64) -> Result<()> {
+        let limits = json!({
+            "id": format!("nvme-{serial}"),
+            "bps": 0, "bps_rd": 0, "bps_wr": bytes_per_second,
+            "iops": 0, "iops_rd": 0, "iops_wr": 0,
+        });
+        self.monitor.execute("block_set_io_throttle", &limits).map(drop)
+    }
+
     /// Pulls a disk out again: the volume being detached.
     pub fn unplug(&mut self, serial: &str) -> Result<()> {
         let id = format!("nvme-{serial}");

@@ -21,13 +21,14 @@ pub(super) const GROUP: &str = "workers";
 pub(super) const HOOK: &str = "launch";
 
 /// All controls, in the order of the report.
-pub(super) const CONTROLS: [&str; 7] = [
+pub(super) const CONTROLS: [&str; 8] = [
     "instance-tenancy",
     "sshd-port",
     "boot-order",
     "data-volume",
     "data-filesystem",
     "data-mount",
+    "data-size",
     "docker-storage",
 ];
 
@@ -120,7 +121,9 @@ pub(super) fn expect_storage(guest: &mut Guest) -> Result<()> {
     let serial = VOLUME.replacen('-', "", 1);
     let device = guest.sh("findmnt -n -o SOURCE --target /data")?;
     let device = device.trim().trim_start_matches("/dev/").to_owned();
-    let seen = guest.sh(&format!("cat /sys/block/{device}/device/serial"))?;
+    // NVMe has it below `device`, virtio beside it.
+    let seen = guest
+        .sh(&format!("cd /sys/block/{device} && cat $(ls device/serial serial 2>/dev/null)"))?;
     ensure!(seen.trim() == serial, "/data is on the disk {seen:?}");
     let numbers =
         guest.sh("stat -c %d /data /var/lib/docker /var/lib/containerd | sort -u | wc -l")?;

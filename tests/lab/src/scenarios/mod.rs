@@ -1,6 +1,7 @@
 //! The scenarios, in one explicit list. Each shows one thing on an instance of its own.
 
 mod boot;
+mod format;
 mod host;
 mod identity;
 mod ready;
@@ -110,6 +111,31 @@ pub const ALL: &[Scenario] = &[
         "foreign-content",
         "a disk that nothing recognises but is not blank is refused",
         refused::foreign_content,
+    ),
+    installed(
+        "interrupted-format",
+        "a format that was killed anywhere is finished; with one foreign byte it is refused",
+        format::interrupted,
+    ),
+    installed(
+        "named-unrecognised",
+        "what nothing recognises is destroyed only on the volume that is named",
+        format::named_unrecognised,
+    ),
+    installed(
+        "hidden-signature",
+        "what only the second probe recognises is refused, named or not",
+        format::hidden_signature,
+    ),
+    installed(
+        "xfs",
+        "ready on XFS with ftype=1, once mkfs.xfs is there; it grows with its volume",
+        format::xfs,
+    ),
+    installed(
+        "growth",
+        "ext4 grows with its volume while it is mounted, when configured",
+        format::growth,
     ),
     installed(
         "used-docker",

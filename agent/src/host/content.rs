@@ -1,0 +1,635 @@
+//! What is on a disk: blank, a filesystem or something else that is recognised, a format of ours
+//! that was interrupted, or bytes that nothing recognises. Nothing here writes.
+//!
+//! Blankness is proven by content: everything in which a signature, a backup superblock or a second
+//! header can be, and samples of the rest, is read with direct I/O and must be zero, and two separate
+//! probes (blkid(8) and [`super::signatures`]) must find nothing. An error, a short read or a disk
+//! that does not answer in time is an error here, and never "nothing there".
+//!
+//! Which disk is meant is [`super::block`]'s business; what follows from its content is decided in
+//! the controls.
+
+use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, sleep, timeout_at};
+
+use super::command;
+use super::device::DataDevice;
+use super::format::Image;
+use super::signatures::{self, Found};
+use super::superblock::{HEAD, Superblock};
+
+/// What is on a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "kind")]
+pub enum Content {
+    /// Every region that was read holds zeros only, and no probe finds anything.
+    Blank {
+        /// How many bytes were read.
+        read: u64,
+    },
+    /// A part of the filesystem that hostagent began to write, and nothing else: every sector that
+    /// was read is zero or that of the image, and no probe finds anything.
+    Unfinished {
+        /// How many bytes of the image are there.
+        written: u64,
+    },
+    /// A filesystem, partition table or other signature.
+    Signature {
+        /// Its type as blkid(8) names it, such as `ext4`, `LVM2_member`, `gpt`.
+        name: String,
+        /// Its UUID.
+        uuid: Option<String>,
+        /// Its label.
+        label: Option<String>,
+    },
+    /// The two probes do not agree, also when asked again.
+    Contradiction {
+        /// What blkid(8) finds.
+        blkid: String,
+        /// What the probe in [`super::signatures`] finds.
+        own: String,
+    },
+    /// Bytes that are not zero and that nothing recognises.
+    Unrecognised {
+        /// Where the first of them is.
+        offset: u64,
+    },
+}
+
+/// What was found on a disk, and how it was looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Inspection {
+    /// What is there.
+    #[serde(flatten)]
+    pub content: Content,
+    /// What `blkid -p` answered; none for nothing.
+    pub blkid: Option<String>,
+    /// What the second probe found.
+    pub own: Vec<Found>,
+    /// How many separate regions were read for zeros.
+    pub regions: usize,
+    /// How many bytes were read.
+    pub bytes: u64,
+    /// How long all of it took, in milliseconds.
+    pub milliseconds: u64,
+    /// Whether a filesystem that is there keeps the types of directory entries (XFS: `ftype`).
+    pub entry_types: Option<bool>,
+}
+
+/// How often the probes are asked when they contradict each other, and how long is waited between: a
+/// superblock that is read while it is written looks damaged for a moment.
+const TRIES: u32 = 3;
+const BETWEEN: Duration = Duration::from_millis(200);
+
+/// How long a read that hangs is waited for beyond the limit, which is checked between reads.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Looks at what is on a disk, within `limit`. With the image of a format that may have been
+/// interrupted, the disk is also compared with that.
+pub async fn inspect(
+    device: &DataDevice,
+    image: Option<Arc<Image>>,
+    limit: Duration,
+) -> Result<Inspection> {
+    let direct = nix::libc::O_DIRECT;
+    let file = device.open(OpenOptions::new().read(true).custom_flags(direct))?;
+    inspect_opened(&file, device, image, limit).await
+}
+
+/// As [`inspect`], through a descriptor that was opened for direct I/O.
+pub async fn inspect_opened(
+    file: &File,
+    device: &DataDevice,
+    image: Option<Arc<Image>>,
+    limit: Duration,
+) -> Result<Inspection> {
+    let (began, path, size) = (Instant::now(), device.path(), device.size());
+    let mut tries = 1;
+    loop {
+        let told = blkid(&path).await?;
+        let file = file.try_clone().context("duplicating a descriptor")?;
+        let (image, recognised) = (image.clone(), told.is_some());
+        let reading = in_time(began, limit, move |deadline| {
+            look(file, size, recognised, image.as_deref(), deadline)
+        });
+        let seen = reading.await.with_context(|| format!("reading {}", path.display()))?;
+        let content = combine(told.clone(), &seen);
+        if matches!(content, Content::Contradiction { .. }) && tries < TRIES {
+            tries += 1;
+            sleep(BETWEEN).await;
+            continue;
+        }
+        return Ok(Inspection {
+            content,
+            blkid: told.map(|signature| signature.name),
+            own: seen.own,
+            regions: seen.walk.as_ref().map_or(0, |walk| walk.regions),
+            bytes: seen.bytes,
+            milliseconds: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+            entry_types: seen.entry_types,
+        });
+    }
+}
+
+/// Runs what reads or writes a disk in a thread of its own, which is left behind when the disk
+/// hangs; it is given the moment after which it must not begin another read or write.
+pub async fn in_time<T: Send + 'static>(
+    began: Instant,
+    limit: Duration,
+    work: impl FnOnce(std::time::Instant) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let deadline = began + limit;
+    let thread = tokio::task::spawn_blocking(move || work(deadline.into_std()));
+    match timeout_at(deadline + GRACE, thread).await {
+        Ok(done) => done.context("the thread that uses the disk")?,
+        Err(_) => bail!("the disk did not answer within {} s", limit.as_secs()),
+    }
+}
+
+/// What blkid found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Signature {
+    name: String,
+    uuid: Option<String>,
+    label: Option<String>,
+}
+
+/// What was seen by reading.
+#[derive(Debug)]
+struct Seen {
+    own: Vec<Found>,
+    /// Absent where a probe has found something.
+    walk: Option<Walk>,
+    bytes: u64,
+    entry_types: Option<bool>,
+}
+
+fn look(
+    file: File,
+    size: u64,
+    recognised: bool,
+    image: Option<&Image>,
+    deadline: std::time::Instant,
+) -> Result<Seen> {
+    ensure!(size >= 64 * MIB, "the disk has {size} bytes; no EBS volume is that small");
+    ensure!(
+        size.is_multiple_of(BLOCK as u64),
+        "the disk's size is {size} bytes, no multiple of {BLOCK}"
+    );
+    let mut reader = Reader::new(file, deadline);
+    let mut head = vec![0; HEAD];
+    reader.read(0, &mut head)?;
+    let entry_types = Superblock::parse(&head).map(|sb| sb.ftype);
+    let own = if recognised {
+        signatures::filesystem(|at, bytes| reader.read(at, bytes))?
+    } else {
+        signatures::scan(size, |at, bytes| reader.read(at, bytes))?
+    };
+    let mut walk = None;
+    if !recognised && own.is_empty() {
+        let mut ranges = regions(size);
+        if let Some(image) = image {
+            ranges.extend(image.touches());
+        }
+        walk = Some(walk_over(&mut reader, &merged(ranges), image)?);
+    }
+    Ok(Seen { own, walk, bytes: reader.bytes, entry_types })
+}
+
+/// What the answers mean together.
+fn combine(told: Option<Signature>, seen: &Seen) -> Content {
+    let own = |found: &Found| format!("{} at byte {}", found.name, found.at);
+    let all = || seen.own.iter().map(own).collect::<Vec<_>>().join(", ");
+    let Some(Signature { name, uuid, label }) = told else {
+        return match &seen.walk {
+            None => Content::Contradiction { blkid: "nothing".into(), own: all() },
+            Some(Walk { foreign: Some(offset), .. }) => Content::Unrecognised { offset: *offset },
+            Some(Walk { same: 0, read, .. }) => Content::Blank { read: *read },
+            Some(Walk { same, .. }) => Content::Unfinished { written: *same },
+        };
+    };
+    // What the second probe can tell apart, it must have seen too, with the same UUID.
+    let family = match name.as_str() {
+        "ext2" | "ext3" | "ext4" => Some("ext4"),
+        "xfs" => Some("xfs"),
+        _ => None,
+    };
+    let agrees = family.is_none_or(|f| seen.own.iter().any(|o| o.name == f && o.uuid == uuid));
+    if agrees {
+        return Content::Signature { name, uuid, label };
+    }
+    let blkid = format!("{name}{}", uuid.map(|uuid| format!(" {uuid}")).unwrap_or_default());
+    let own = if seen.own.is_empty() { "neither ext4 nor xfs".to_owned() } else { all() };
+    Content::Contradiction { blkid, own }
+}
+
+/// What `blkid -p` finds. Its exit status 2 means "nothing found" and also "could not read", so an
+/// answer of "nothing" proves nothing by itself (util-linux, kubernetes#142243).
+async fn blkid(path: &Path) -> Result<Option<Signature>> {
+    let path = path.to_string_lossy();
+    let args = ["-p", "-o", "export", &path];
+    let output = command::run(command::BLKID, &args, Duration::from_secs(60)).await?;
+    match output.code {
+        Some(2) => Ok(None),
+        Some(0) => Ok(Some(parse_blkid(&output.stdout))),
+        // 8: several signatures contradict each other.
+        Some(8) => Ok(Some(Signature {
+            name: "several signatures that contradict each other".into(),
+            uuid: None,
+            label: None,
+        })),
+        _ => Err(output.error()),
+    }
+}
+
+fn parse_blkid(stdout: &str) -> Signature {
+    let get = |key: &str| {
+        stdout.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix('=')).map(str::to_owned)
+    };
+    let name = get("TYPE").or_else(|| get("PTTYPE")).unwrap_or_else(|| "something unnamed".into());
+    Signature { name, uuid: get("UUID"), label: get("LABEL") }
+}
+
+/// The size of direct reads and writes, and what their offsets are multiples of.
+pub const BLOCK: usize = 4096;
+/// The most that is read or written in one go.
+pub const CHUNK: usize = 1 << 20;
+/// What a disk writes whole or not at all.
+pub const SECTOR: usize = 512;
+const MIB: u64 = 1 << 20;
+
+/// One positioned read, so that tests can read from something that fails.
+pub trait ReadAt {
+    /// As [`std::os::unix::fs::FileExt::read_at`].
+    fn read_at_once(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<usize>;
+}
+
+impl ReadAt for File {
+    fn read_at_once(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<usize> {
+        loop {
+            match self.read_at(buffer, offset) {
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                result => return result,
+            }
+        }
+    }
+}
+
+/// A buffer of [`CHUNK`] bytes whose address is a multiple of [`BLOCK`], as direct I/O needs it.
+pub struct Buffer {
+    bytes: Vec<u8>,
+    skew: usize,
+}
+
+impl Buffer {
+    /// Of zeros.
+    #[must_use]
+    pub fn new() -> Self {
+        let bytes = vec![0; CHUNK + BLOCK];
+        let skew = bytes.as_ptr().align_offset(BLOCK);
+        Self { bytes, skew }
+    }
+
+    /// Its first `length` bytes.
+    pub fn first(&mut self, length: usize) -> &mut [u8] {
+        &mut self.bytes[self.skew..self.skew + length]
+    }
+}
+
+impl Default for Buffer {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Reads a disk block by block, until a deadline.
+pub struct Reader<F> {
+    file: F,
+    buffer: Buffer,
+    deadline: std::time::Instant,
+    /// How many bytes were read.
+    pub bytes: u64,
+}
+
+impl<F: ReadAt> Reader<F> {
+    /// Of an opened disk.
+    pub fn new(file: F, deadline: std::time::Instant) -> Self {
+        Self { file, buffer: Buffer::new(), deadline, bytes: 0 }
+    }
+
+    /// Reads whole blocks, at most [`CHUNK`] bytes of them.
+    pub fn chunk(&mut self, at: u64, length: usize) -> Result<&[u8]> {
+        ensure!(std::time::Instant::now() < self.deadline, "at byte {at}: reading takes too long");
+        let part = self.buffer.first(length);
+        let got = self.file.read_at_once(part, at).with_context(|| format!("at byte {at}"))?;
+        ensure!(got == length, "at byte {at}: {got} bytes were read instead of {length}");
+        self.bytes += length as u64;
+        Ok(part)
+    }
+
+    /// Fills `bytes`, which is whole blocks.
+    pub fn read(&mut self, at: u64, bytes: &mut [u8]) -> Result<()> {
+        for (index, part) in bytes.chunks_mut(CHUNK).enumerate() {
+            let read = self.chunk(at + (index * CHUNK) as u64, part.len())?;
+            part.copy_from_slice(read);
+        }
+        Ok(())
+    }
+}
+
+/// What was seen in some ranges of a disk.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Walk {
+    /// The first byte that is neither zero nor the image's.
+    pub foreign: Option<u64>,
+    /// How many bytes were read.
+    pub read: u64,
+    /// How many bytes are in sectors of the image that are there.
+    pub same: u64,
+    /// How many ranges there were.
+    pub regions: usize,
+}
+
+/// Reads ranges up to the first sector that is neither zero nor, if there is an image, the image's.
+pub fn walk_over(
+    reader: &mut Reader<impl ReadAt>,
+    ranges: &[(u64, u64)],
+    image: Option<&Image>,
+) -> Result<Walk> {
+    let zeros = vec![0_u8; CHUNK];
+    let mut expected = vec![0_u8; if image.is_some() { CHUNK } else { 0 }];
+    let mut walk = Walk { foreign: None, read: 0, same: 0, regions: ranges.len() };
+    for (at, length) in chunks(ranges) {
+        let seen = reader.chunk(at, length)?;
+        walk.read += length as u64;
+        // Compared as a whole first: nearly all of it is zeros.
+        if *seen == zeros[..length] {
+            continue;
+        }
+        if let Some(image) = image {
+            image.read(at, &mut expected[..length])?;
+        }
+        for (index, sector) in seen.chunks(SECTOR).enumerate() {
+            if *sector == zeros[..sector.len()] {
+                continue;
+            }
+            let start = index * SECTOR;
+            if image.is_some() && *sector == expected[start..start + sector.len()] {
+                walk.same += sector.len() as u64;
+                continue;
+            }
+            let wrong = |i: &usize| sector[*i] != 0 && Some(&sector[*i]) != expected.get(start + i);
+            let byte = (0..sector.len()).find(wrong).unwrap_or(0);
+            walk.foreign = Some(at + (start + byte) as u64);
+            return Ok(walk);
+        }
+    }
+    Ok(walk)
+}
+
+/// Ranges in pieces of at most [`CHUNK`] bytes.
+pub fn chunks(ranges: &[(u64, u64)]) -> impl Iterator<Item = (u64, usize)> {
+    ranges.iter().flat_map(|(at, length)| {
+        (0..length.div_ceil(CHUNK as u64)).map(move |i| {
+            let offset = i * CHUNK as u64;
+            // No more than a chunk.
+            #[allow(clippy::cast_possible_truncation)]
+            let piece = (length - offset).min(CHUNK as u64) as usize;
+            (at + offset, piece)
+        })
+    })
+}
+
+/// Sorts ranges and joins those that touch or overlap.
+#[must_use]
+pub fn merged(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    ranges.sort_unstable();
+    let mut joined: Vec<(u64, u64)> = Vec::new();
+    for (at, length) in ranges {
+        match joined.last_mut() {
+            Some((start, before)) if at <= *start + *before => {
+                *before = (*before).max(at + length - *start);
+            }
+            _ => joined.push((at, length)),
+        }
+    }
+    joined
+}
+
+/// The two ends of a disk, where most signatures are.
+#[must_use]
+pub fn ends(size: u64) -> [(u64, u64); 2] {
+    // The head holds nearly all signatures, LUKS2's second header (at most at 4 MiB) and LVM's
+    // metadata; the tail holds GPT's second table, md 0.9 and 1.0, ZFS's labels 2 and 3, DDF.
+    [(0, 8 * MIB), (size - 8 * MIB, 8 * MIB)]
+}
+
+/// The regions to read, as offset and length; multiples of [`BLOCK`], within `size`, which is at
+/// least 64 MiB and a multiple of [`BLOCK`] itself.
+fn regions(size: u64) -> Vec<(u64, u64)> {
+    let block = BLOCK as u64;
+    let mut regions = ends(size).to_vec();
+    // The backup superblocks of ext2/3/4 with `sparse_super`: groups 1 and powers of 3, 5 and 7.
+    for (blocksize, first) in [(1024_u64, 1024_u64), (2048, 0), (4096, 0)] {
+        let group_bytes = blocksize * 8 * blocksize;
+        for base in [3_u64, 5, 7] {
+            let mut group = 1_u64;
+            while let Some(at) = group.checked_mul(group_bytes).map(|at| at + first)
+                && at < size
+            {
+                regions.push((at, 2 * block));
+                group *= base;
+            }
+        }
+    }
+    // btrfs mirrors its superblock at 64 MiB and 256 GiB.
+    regions.extend([(64 * MIB, block), (256 * 1024 * MIB, block)]);
+    // XFS begins each allocation group with a superblock; mkfs makes four by default, and a
+    // partition may begin anywhere: evenly spread samples, quarters among them.
+    let samples = 1024;
+    regions.extend((0..samples).map(|i| (size / samples * i, 2 * block)));
+    regions
+        .into_iter()
+        .map(|(at, length)| (at / block * block, length))
+        .filter(|(at, length)| at + length <= size)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    const SIZE: u64 = 8 << 30;
+
+    /// A disk of zeros, but for some bytes; optionally failing or short at an offset.
+    #[derive(Default)]
+    struct Fake {
+        bytes: Vec<u64>,
+        fail: Option<u64>,
+        short: Option<u64>,
+    }
+
+    impl ReadAt for Fake {
+        fn read_at_once(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<usize> {
+            buffer.fill(0);
+            let length = buffer.len() as u64;
+            let within = |at: &u64| (offset..offset + length).contains(at);
+            if self.fail.as_ref().is_some_and(within) {
+                return Err(std::io::Error::from_raw_os_error(nix::libc::EIO));
+            }
+            for at in self.bytes.iter().filter(|at| within(at)) {
+                buffer[usize::try_from(at - offset).unwrap()] = 1;
+            }
+            let short = self.short.as_ref().is_some_and(within);
+            Ok(if short { buffer.len() / 2 } else { buffer.len() })
+        }
+    }
+
+    fn walk(fake: Fake) -> Result<Walk> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        walk_over(&mut Reader::new(fake, deadline), &merged(regions(SIZE)), None)
+    }
+
+    #[test]
+    fn zeros_everywhere_are_blank() {
+        let walk = walk(Fake::default()).unwrap();
+        assert_eq!(walk.foreign, None);
+        assert!(walk.read > 16 * MIB);
+    }
+
+    #[test]
+    fn one_byte_where_a_signature_can_be_is_seen() {
+        let table = [
+            0,
+            510,                     // MBR
+            1024 + 56,               // ext superblock's magic
+            64 * 1024 + 64,          // btrfs
+            4 * MIB + 6,             // LUKS2's second header
+            32_768 * 4096 + 56,      // ext4's first backup superblock
+            3 * 32_768 * 4096 + 56,  // its second
+            25 * 32_768 * 4096 + 56, // and a later one
+            8193 * 1024 + 56,        // the first backup with blocks of 1 KiB
+            64 * MIB + 64,           // btrfs' mirror
+            SIZE / 4,                // an XFS allocation group
+            SIZE - 1,
+            SIZE - 512,        // GPT's second header
+            SIZE - 64 * 1024,  // md 0.9
+            SIZE - 512 * 1024, // a ZFS label
+        ];
+        for at in table {
+            let fake = Fake { bytes: vec![at], ..Fake::default() };
+            assert_eq!(walk(fake).unwrap().foreign, Some(at), "byte {at}");
+        }
+    }
+
+    #[test]
+    fn a_read_that_fails_is_short_or_comes_too_late_is_never_blank() {
+        for at in [0, 7 * MIB, 32_768 * 4096, SIZE - 4096] {
+            let fails = Fake { fail: Some(at), ..Fake::default() };
+            assert!(walk(fails).is_err(), "EIO at {at}");
+            let short = Fake { short: Some(at), ..Fake::default() };
+            assert!(walk(short).is_err(), "short at {at}");
+        }
+        let mut late = Reader::new(Fake::default(), Instant::now());
+        assert!(walk_over(&mut late, &[(0, 4096)], None).is_err());
+    }
+
+    #[test]
+    fn a_disk_that_hangs_is_not_waited_for() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let begun = tokio::time::Instant::now() - GRACE;
+        let hang = |_| {
+            std::thread::sleep(Duration::from_secs(5));
+            Ok(())
+        };
+        let left = runtime.block_on(in_time(begun, Duration::from_millis(100), hang));
+        runtime.shutdown_background();
+        let said = left.unwrap_err().to_string();
+        assert!(said.starts_with("the disk did not answer within"), "{said}");
+        assert!(begun.elapsed() < GRACE + Duration::from_secs(4));
+    }
+
+    #[test]
+    fn a_disk_of_no_size_or_of_an_odd_one_is_not_blank() {
+        for size in [0, MIB, 64 * MIB + 512] {
+            let file = tempfile::tempfile().unwrap();
+            let deadline = Instant::now() + Duration::from_secs(60);
+            assert!(look(file, size, false, None, deadline).is_err(), "{size}");
+        }
+    }
+
+    #[test]
+    fn regions_stay_on_the_disk_and_are_aligned() {
+        for size in [64 * MIB, 64 * MIB + 4096, 1 << 30, (16 << 40) - 4096] {
+            for (at, length) in merged(regions(size)) {
+                assert!(at + length <= size && at % BLOCK as u64 == 0, "{at}+{length} of {size}");
+                assert!(length % BLOCK as u64 == 0);
+            }
+        }
+    }
+
+    #[test]
+    fn ranges_are_joined_and_cut() {
+        let joined = merged(vec![(8, 4), (0, 4), (4, 2), (20, 1), (9, 1)]);
+        assert_eq!(joined, [(0, 6), (8, 4), (20, 1)]);
+        let mib = CHUNK as u64;
+        let pieces: Vec<_> = chunks(&[(4096, mib + 4096), (0, 0)]).collect();
+        assert_eq!(pieces, [(4096, CHUNK), (4096 + mib, 4096)]);
+    }
+
+    #[test]
+    fn blkid_exports_are_read() {
+        let ext4 =
+            "DEVNAME=/dev/nvme0n1\nUUID=1-2\nLABEL=a b\nVERSION=1.0\nTYPE=ext4\nUSAGE=filesystem\n";
+        let text = |text: &str| Some(text.to_owned());
+        assert_eq!(
+            parse_blkid(ext4),
+            Signature { name: "ext4".into(), uuid: text("1-2"), label: text("a b") }
+        );
+        let gpt = "DEVNAME=/dev/nvme0n1\nPTUUID=7\nPTTYPE=gpt\n";
+        assert_eq!(parse_blkid(gpt), Signature { name: "gpt".into(), uuid: None, label: None });
+    }
+
+    #[test]
+    fn both_probes_must_agree() {
+        let found = |name: &str, uuid: Option<&str>| Found {
+            name: name.into(),
+            at: 0,
+            uuid: uuid.map(str::to_owned),
+        };
+        let told = |name: &str, uuid: Option<&str>| {
+            let uuid = uuid.map(str::to_owned);
+            Some(Signature { name: name.into(), uuid, label: None })
+        };
+        let walk = |foreign, same| Some(Walk { foreign, read: 9, same, regions: 1 });
+        let kind = |told, own: Vec<Found>, walk| {
+            let content = combine(told, &Seen { own, walk, bytes: 9, entry_types: None });
+            serde_json::to_value(content).unwrap()["kind"].as_str().unwrap().to_owned()
+        };
+        let table = [
+            (None, vec![], walk(None, 0), "blank"),
+            (None, vec![], walk(None, 512), "unfinished"),
+            (None, vec![], walk(Some(7), 512), "unrecognised"),
+            (None, vec![found("gpt", None)], None, "contradiction"),
+            (None, vec![found("ext4", Some("1"))], None, "contradiction"),
+            (told("ext4", Some("1")), vec![found("ext4", Some("1"))], None, "signature"),
+            (told("ext3", Some("1")), vec![found("ext4", Some("1"))], None, "signature"),
+            (told("ext4", Some("1")), vec![found("ext4", Some("2"))], None, "contradiction"),
+            (told("ext4", Some("1")), vec![], None, "contradiction"),
+            (told("xfs", Some("1")), vec![found("ext4", Some("1"))], None, "contradiction"),
+            (told("zfs_member", None), vec![], None, "signature"),
+        ];
+        for (i, (told, own, walk, expected)) in table.into_iter().enumerate() {
+            assert_eq!(kind(told, own, walk), expected, "row {i}");
+        }
+    }
+}
