@@ -845,7 +845,9 @@ mod tests {
         /// blank or ours and finished by writing the same again; or it is complete.
         #[test]
         fn an_interrupted_copy_is_finished(
-            share in 0.0..1.02_f64,
+            // Anywhere, or among the last sectors: the superblock's.
+            (anywhere, before_end) in (any::<bool>(), 0_u64..12),
+            share in any::<u64>(),
             lost in any::<u64>(),
             foreign in 0..SIZE,
         ) {
@@ -854,8 +856,8 @@ mod tests {
             let all = Disk512::new(&path, u64::MAX, 0);
             copy(&all, &image, Onto::Blank, false).unwrap();
             let path = blank(dir.path());
-            #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-            let left = (all.written.get() as f64 * share) as u64;
+            let total = all.written.get();
+            let left = if anywhere { share % total } else { total + 2 - before_end };
             let cut = copy(&Disk512::new(&path, left, lost), &image, Onto::Blank, false);
             if superblock(&path).is_some() {
                 // Even if hostagent did not live to see it.
