@@ -24,7 +24,7 @@ pub fn read_optional(path: &Path) -> Result<Option<String>> {
 pub fn write_atomic(path: &Path, content: &str, mode: u32) -> Result<()> {
     let doing = || format!("writing {}", path.display());
     let dir = path.parent().with_context(doing)?;
-    fs::DirBuilder::new().recursive(true).mode(0o755).create(dir).with_context(doing)?;
+    make_directories(dir, 0o755)?;
     let mut file =
         tempfile::Builder::new().prefix(".hostagent-").tempfile_in(dir).with_context(doing)?;
     file.write_all(content.as_bytes()).with_context(doing)?;
@@ -32,6 +32,26 @@ pub fn write_atomic(path: &Path, content: &str, mode: u32) -> Result<()> {
     file.as_file().sync_all().with_context(doing)?;
     file.persist(path).with_context(doing)?;
     sync_dir(dir)
+}
+
+/// Makes a directory and those above it that are missing, with `mode`, durably.
+pub fn make_directories(dir: &Path, mode: u32) -> Result<()> {
+    let doing = || format!("making the directory {}", dir.display());
+    match fs::metadata(dir) {
+        Ok(meta) if meta.is_dir() => return Ok(()),
+        Ok(_) => bail!("{} is not a directory", dir.display()),
+        Err(e) if e.kind() == ErrorKind::NotFound => {}
+        Err(e) => return Err(e).with_context(doing),
+    }
+    let parent = dir.parent().with_context(doing)?;
+    // A name relative to the current directory has an empty parent.
+    let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+    make_directories(parent, mode)?;
+    match fs::DirBuilder::new().mode(mode).create(dir) {
+        Ok(()) => sync_dir(parent),
+        Err(e) if e.kind() == ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
+        Err(e) => Err(e).with_context(doing),
+    }
 }
 
 /// Removes a file durably; absence is fine.
@@ -102,13 +122,7 @@ pub fn place(path: &Path) -> Result<Place> {
 /// Refuses what is not an empty directory or absent.
 pub fn prepare_mount_point(path: &Path) -> Result<()> {
     match place(path)? {
-        Place::Absent => {
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o755)
-                .create(path)
-                .with_context(|| format!("making the directory {}", path.display()))?;
-        }
+        Place::Absent => make_directories(path, 0o755)?,
         Place::Empty { immutable: true } => return Ok(()),
         Place::Empty { immutable: false } => {}
         other => bail!("{} is not an empty directory: {other:?}", path.display()),

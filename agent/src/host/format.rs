@@ -15,9 +15,9 @@
 //! calls [`format()`], which proves all of it again.
 
 use std::fmt::Write as _;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
-use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -314,11 +314,7 @@ fn ms(duration: Duration) -> u64 {
 /// Makes the empty sparse file, if the root disk has room for what mkfs will put into it.
 fn create_image(path: &Path, filesystem: Filesystem, size: u64) -> Result<()> {
     let dir = path.parent().unwrap_or(Path::new(DIR));
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir)
-        .with_context(|| format!("making the directory {}", dir.display()))?;
+    files::make_directories(dir, 0o700)?;
     let free = nix::sys::statvfs::statvfs(dir)
         .with_context(|| format!("asking how much room there is in {}", dir.display()))?;
     let free = free.blocks_available() * free.fragment_size();
