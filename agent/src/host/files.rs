@@ -25,7 +25,7 @@ pub fn read_optional(path: &Path) -> Result<Option<String>> {
 pub fn write_atomic(path: &Path, content: &str, mode: u32) -> Result<()> {
     let doing = || format!("writing {}", path.display());
     let dir = path.parent().with_context(doing)?;
-    make_directories(dir)?;
+    make_directories(dir, 0o755)?;
     // Always the same name: what a power cut left of an earlier attempt does not pile up.
     let mut name = OsString::from(".hostagent-");
     name.push(path.file_name().with_context(doing)?);
@@ -42,17 +42,23 @@ pub fn write_atomic(path: &Path, content: &str, mode: u32) -> Result<()> {
     sync_dir(dir)
 }
 
-/// Makes a directory and its missing parents (mode 0755), each durably.
-fn make_directories(dir: &Path) -> Result<()> {
-    if dir.is_dir() {
-        return Ok(());
-    }
+/// Makes a directory and those above it that are missing, with `mode`, durably.
+pub fn make_directories(dir: &Path, mode: u32) -> Result<()> {
     let doing = || format!("making the directory {}", dir.display());
+    match fs::metadata(dir) {
+        Ok(meta) if meta.is_dir() => return Ok(()),
+        Ok(_) => bail!("{} is not a directory", dir.display()),
+        Err(e) if e.kind() == ErrorKind::NotFound => {}
+        Err(e) => return Err(e).with_context(doing),
+    }
     let parent = dir.parent().with_context(doing)?;
-    make_directories(parent)?;
-    match fs::DirBuilder::new().mode(0o755).create(dir) {
-        Err(e) if e.kind() != ErrorKind::AlreadyExists => Err(e).with_context(doing),
-        _ => sync_dir(parent),
+    // A name relative to the current directory has an empty parent.
+    let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+    make_directories(parent, mode)?;
+    match fs::DirBuilder::new().mode(mode).create(dir) {
+        Ok(()) => sync_dir(parent),
+        Err(e) if e.kind() == ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
+        Err(e) => Err(e).with_context(doing),
     }
 }
 
@@ -124,7 +130,7 @@ pub fn place(path: &Path) -> Result<Place> {
 /// Refuses what is not an empty directory or absent.
 pub fn prepare_mount_point(path: &Path) -> Result<()> {
     match place(path)? {
-        Place::Absent => make_directories(path)?,
+        Place::Absent => make_directories(path, 0o755)?,
         Place::Empty { immutable: true } => return Ok(()),
         Place::Empty { immutable: false } => {}
         other => bail!("{} is not an empty directory: {other:?}", path.display()),

@@ -15,9 +15,9 @@
 //! calls [`format()`], which proves all of it again.
 
 use std::fmt::Write as _;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
-use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -319,11 +319,7 @@ fn ms(duration: Duration) -> u64 {
 /// Makes the empty sparse file, if the root disk has room for what mkfs will put into it.
 fn create_image(path: &Path, filesystem: Filesystem, size: u64) -> Result<()> {
     let dir = path.parent().unwrap_or(Path::new(DIR));
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir)
-        .with_context(|| format!("making the directory {}", dir.display()))?;
+    files::make_directories(dir, 0o700)?;
     let free = nix::sys::statvfs::statvfs(dir)
         .with_context(|| format!("asking how much room there is in {}", dir.display()))?;
     let free = free.blocks_available() * free.fragment_size();
@@ -846,7 +842,9 @@ mod tests {
         /// blank or ours and finished by writing the same again; or it is complete.
         #[test]
         fn an_interrupted_copy_is_finished(
-            share in 0.0..1.02_f64,
+            // Anywhere, or among the last sectors: the superblock's.
+            (anywhere, before_end) in (any::<bool>(), 0_u64..12),
+            share in any::<u64>(),
             lost in any::<u64>(),
             foreign in 0..SIZE,
         ) {
@@ -855,8 +853,8 @@ mod tests {
             let all = Disk512::new(&path, u64::MAX, 0);
             copy(&all, &image, Onto::Blank, false).unwrap();
             let path = blank(dir.path());
-            #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-            let left = (all.written.get() as f64 * share) as u64;
+            let total = all.written.get();
+            let left = if anywhere { share % total } else { total + 2 - before_end };
             let cut = copy(&Disk512::new(&path, left, lost), &image, Onto::Blank, false);
             if superblock(&path).is_some() {
                 // Even if hostagent did not live to see it.
