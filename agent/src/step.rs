@@ -22,7 +22,7 @@ use crate::config::{Config, Filesystem};
 use crate::control::Context;
 use crate::host::block::{self, Content, VolumeId};
 use crate::host::uevents::Uevents;
-use crate::host::{command, files, mounts, sshd};
+use crate::host::{command, files, kernel, mounts, sshd, swap};
 
 /// One change to the host, or one wait for something that changes it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -90,6 +90,35 @@ pub enum Step {
         /// The unit.
         unit: String,
     },
+    /// Stop a unit.
+    StopUnit {
+        /// The unit.
+        unit: String,
+    },
+    /// Stop a unit and start it again, so that it reads its configuration.
+    RestartUnit {
+        /// The unit.
+        unit: String,
+    },
+    /// Make a unit one that systemd never starts.
+    MaskUnit {
+        /// The unit.
+        unit: String,
+    },
+    /// Stop swapping to a file or device, if what is there fits into memory at that moment.
+    StopSwap {
+        /// Its unit.
+        unit: String,
+        /// The file or device.
+        path: String,
+    },
+    /// Set a parameter of the running kernel.
+    SetKernel {
+        /// Its name, such as `kernel.core_pattern`.
+        name: String,
+        /// Its new value.
+        value: String,
+    },
     /// Stop Docker and containerd, and what would start them again.
     StopDocker,
     /// Move sshd to a port, and away from all others.
@@ -122,11 +151,19 @@ impl fmt::Display for Step {
             Self::ReloadManager => f.write_str("make systemd read its units again"),
             Self::MountVolume { unit, volume_id, .. } => write!(f, "mount {volume_id} ({unit})"),
             Self::StartUnit { unit } => write!(f, "start {unit}"),
+            Self::StopUnit { unit } => write!(f, "stop {unit}"),
+            Self::RestartUnit { unit } => write!(f, "restart {unit}"),
+            Self::MaskUnit { unit } => write!(f, "mask {unit}, so that nothing starts it"),
+            Self::StopSwap { path, .. } => write!(f, "stop swapping to {path}"),
+            Self::SetKernel { name, value } => write!(f, "set {name} to {value}"),
             Self::StopDocker => f.write_str("stop Docker and containerd"),
             Self::MoveSshd { port } => write!(f, "move sshd to port {port}"),
         }
     }
 }
+
+/// Where systemd looks first for units, and where hostagent writes its own.
+pub const UNITS: &str = "/etc/systemd/system";
 
 /// How long a unit may take to start or stop.
 const UNIT_DEADLINE: Duration = Duration::from_secs(300);
@@ -157,6 +194,11 @@ pub async fn apply(step: &Step, cx: &Context) -> Result<()> {
             mount_volume(cx, unit, link, volume_id).await
         }
         Step::StartUnit { unit } => cx.host.systemd().await?.start(unit, UNIT_DEADLINE).await,
+        Step::StopUnit { unit } => cx.host.systemd().await?.stop(unit, UNIT_DEADLINE).await,
+        Step::RestartUnit { unit } => cx.host.systemd().await?.restart(unit, UNIT_DEADLINE).await,
+        Step::MaskUnit { unit } => files::mask(&Path::new(UNITS).join(unit)),
+        Step::StopSwap { unit, path } => stop_swap(cx, unit, path).await,
+        Step::SetKernel { name, value } => kernel::set(name, value),
         Step::StopDocker => stop_docker(cx).await,
         Step::MoveSshd { port } => sshd::move_port(cx.host.systemd().await?, *port).await,
     }
@@ -312,6 +354,20 @@ async fn stop_docker(cx: &Context) -> Result<()> {
         }
     }
     Ok(())
+}
+
+async fn stop_swap(cx: &Context, unit: &str, path: &str) -> Result<()> {
+    // By the kernel's table alone: a swap that cannot be looked at any more can still be stopped.
+    let used = swap::in_use()?.into_iter().find(|(name, _)| name == path).map(|(_, used)| used);
+    let Some(used) = used else { return Ok(()) };
+    let available = swap::available_memory()?;
+    ensure!(
+        swap::fits(used, available),
+        "{path} holds {} MiB, and only {} MiB of memory are available; stop what takes memory",
+        used >> 20,
+        available >> 20
+    );
+    cx.host.systemd().await?.stop(unit, UNIT_DEADLINE).await
 }
 
 fn prepare_mount_point(path: &Path) -> Result<()> {

@@ -5,9 +5,14 @@ pub mod block;
 pub mod command;
 pub mod docker;
 pub mod files;
+pub mod ground;
 pub mod identity;
+pub mod kernel;
+pub mod logs;
 pub mod mounts;
+pub mod settings;
 pub mod sshd;
+pub mod swap;
 pub mod systemd;
 pub mod uevents;
 
