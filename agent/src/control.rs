@@ -166,7 +166,7 @@ impl Plan {
 
     /// A plan of these steps, after which these reasons still stand in the way.
     #[must_use]
-    pub fn with_refusals(steps: Vec<Step>, refusals: Vec<String>) -> Self {
+    pub fn with_refusals(steps: Vec<Step>, refusals: &[String]) -> Self {
         let why = refusals.join("; ");
         match (steps.is_empty(), refusals.is_empty()) {
             (_, true) => Self::steps(steps),

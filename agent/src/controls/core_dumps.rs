@@ -207,7 +207,7 @@ impl Control for CoreDumps {
                 });
             }
         }
-        Ok(Plan::with_refusals(steps, refused))
+        Ok(Plan::with_refusals(steps, &refused))
     }
 }
 

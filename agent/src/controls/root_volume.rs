@@ -321,7 +321,7 @@ impl Leaks {
         if let Some(wrong) = self.wrong_driver()? {
             refused.push(format!("{wrong}: name another driver or address there"));
         }
-        Ok(Plan::with_refusals(steps, refused))
+        Ok(Plan::with_refusals(steps, &refused))
     }
 
     fn plan_tmp(
@@ -606,12 +606,12 @@ mod tests {
     #[test]
     fn the_policy_decides_about_a_plain_root_volume() {
         use RootEncryption::{Allow, Require, Warn};
-        let plain = "the root volume vol-0aaaaaaaaaaaaaaa0 is not encrypted";
-        assert_eq!(judge_as(Require, &shut()), format!("fail: {plain}"));
+        let said = "the root volume vol-0aaaaaaaaaaaaaaa0 is not encrypted";
+        assert_eq!(judge_as(Require, &shut()), format!("fail: {said}"));
         let plan = RootVolume.plan(&config(Require), &shut()).unwrap();
         assert!(matches!(plan, Plan::Refuse { .. }), "{plan:?}");
         let warned = judge_as(Warn, &shut());
-        assert!(warned.starts_with(&format!("pass: WARNING: {plain}")), "{warned}");
+        assert!(warned.starts_with(&format!("pass: WARNING: {said}")), "{warned}");
         let allowed = judge_as(Allow, &shut());
         assert!(allowed.starts_with("pass: ") && !allowed.contains("WARNING"), "{allowed}");
         for policy in [Warn, Allow] {

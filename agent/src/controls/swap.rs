@@ -134,7 +134,7 @@ impl Control for Swap {
         if steps.len() > masked {
             steps.push(Step::ReloadManager);
         }
-        Ok(Plan::with_refusals(steps, refused))
+        Ok(Plan::with_refusals(steps, &refused))
     }
 }
 
