@@ -247,9 +247,11 @@ mod tests {
         }
         assert_eq!(judge(&facts(vec![], vec![])), "pass: nothing is swapped to");
         // Nothing is mounted on the mount point: no file is on the data volume.
-        let mut bare = facts(vec![swap("/data/swap", on_data())], vec![]);
-        bare.data = Fact::new("t", Ok(None));
-        assert!(judge(&bare).starts_with("fail"));
+        for swap in [swap("/data/swap", on_data()), swap("/dev/vdb", device(vec![plain()]))] {
+            let mut bare = facts(vec![swap], vec![]);
+            bare.data = Fact::new("t", Ok(None));
+            assert!(judge(&bare).starts_with("fail"), "{}", judge(&bare));
+        }
     }
 
     #[test]

@@ -13,26 +13,43 @@ use std::time::Duration;
 /// Long enough for a run in emulation.
 const RUN: Duration = Duration::from_secs(180);
 
-/// Makes an image to run containers from.
-const IMPORT: &str = "mkdir -p /run/busybox/bin && cp /bin/busybox /run/busybox/bin/ && \
-    tar -C /run/busybox -c . | docker import - busybox:local";
+/// Prints a canary: the SHA-256 of a text for this phase of a scenario, which stands in no file and
+/// no command line, and who says it.
+const SAY: &str = "echo $(echo -n \"the record of patient $1\" | /bin/busybox sha256sum | \
+    /bin/busybox cut -c 1-64)-$2\n";
 
-/// The text whose SHA-256 is the canary with this name: it is in no command line and no file but
-/// those that whoever computes it writes.
-fn seed(name: &str) -> String {
-    format!("the record of patient {name}")
+/// Crashes with a canary in memory.
+const CRASH: &str = "text=$(/bin/busybox sh ${0%/*}/say $1 $2)\nulimit -c unlimited\ncd /\n\
+    kill -SEGV $$\n";
+
+/// Puts both where the host has them in memory, as `/run/busybox/say` and `/run/busybox/crash`.
+fn prepare(guest: &mut Guest) -> Result<()> {
+    guest.sh("mkdir -p /run/busybox/bin && cp /bin/busybox /run/busybox/bin/")?;
+    guest.write("/run/busybox/say", SAY.as_bytes())?;
+    guest.write("/run/busybox/crash", CRASH.as_bytes())
 }
 
-fn canary(guest: &mut Guest, name: &str) -> Result<String> {
-    let text = guest.sh(&format!("echo -n '{}' | sha256sum | cut -c 1-64", seed(name)))?;
-    ensure!(text.trim().len() == 64, "no canary: {text:?}");
-    Ok(text.trim().to_owned())
+/// An image to run containers from, with the same in its root.
+const IMPORT: &str = "tar -C /run/busybox -c . | docker import - busybox:local";
+
+/// Runs a command in a container.
+fn contained(guest: &mut Guest, options: &str, command: &str) -> Result<()> {
+    let run = format!("docker run --network none {options} busybox:local /bin/busybox {command}");
+    guest.succeed(&Script::new(&run).deadline(Duration::from_secs(120))).map(drop)
 }
 
-/// Whether a canary is on the root disk, looked at from outside.
-fn on_root_disk(stage: &mut Stage, canary: &str) -> Result<bool> {
+/// What all canaries of a phase have in common.
+fn canary(guest: &mut Guest, phase: &str) -> Result<String> {
+    let text = guest.sh(&format!("busybox sh /run/busybox/say {phase} x"))?;
+    let text = text.trim().trim_end_matches("-x");
+    ensure!(text.len() == 64, "no canary: {text:?}");
+    Ok(text.to_owned())
+}
+
+/// Whether a text is on the root disk, looked at from outside.
+fn on_root_disk(stage: &mut Stage, text: &str) -> Result<bool> {
     stage.guest()?.sh("journalctl --sync; sync; echo 3 >/proc/sys/vm/drop_caches; sync")?;
-    disk::contains(&stage.root_disk(), canary.as_bytes())
+    disk::contains(&stage.root_disk(), text.as_bytes())
 }
 
 /// Expects `verify` to fail, with this control and a sentence that has these words.
@@ -79,17 +96,12 @@ pub(super) fn core_dumps(stage: &mut Stage) -> Result<()> {
     host::await_signals(stage)?;
     stage.attach(&host::volume(), host::DEVICE)?;
     let guest = stage.guest()?;
+    prepare(guest)?;
     // A host that keeps dumps, now and at every boot.
     guest.sh("mkdir -p /var/crash && echo 'kernel.core_pattern=/var/crash/core.%p' \
          > /etc/sysctl.d/50-crash.conf && /usr/lib/systemd/systemd-sysctl")?;
-    let crash = |name: &str| {
-        format!(
-            "ulimit -c unlimited; cd /; sh -c 'c=$(echo -n \"{}\" | sha256sum | cut -c 1-64); \
-             kill -SEGV $$'; true",
-            seed(name)
-        )
-    };
-    guest.sh(&crash("before"))?;
+    let crash = "! busybox sh /run/busybox/crash";
+    guest.sh(&format!("{crash} before host"))?;
     let before = canary(guest, "before")?;
     // The lab can see what it is looking for.
     ensure!(on_root_disk(stage, &before)?, "a core dump is not found on the root disk");
@@ -101,23 +113,19 @@ pub(super) fn core_dumps(stage: &mut Stage) -> Result<()> {
     let guest = stage.guest()?;
     guest.sh(IMPORT)?;
     // A shell in a shell: a container's first process is not ended by a signal of its own.
-    let container = format!(
-        "docker run --network none --ulimit core=-1 --name crasher busybox:local /bin/busybox sh -c \
-         '/bin/busybox sh -c \"c=\\$(echo -n {} | /bin/busybox sha256sum | /bin/busybox cut -c 1-64); \
-         kill -SEGV \\$\\$\"; test $? = 139'",
-        seed("inside")
-    );
-    guest.succeed(&Script::new(&container).deadline(Duration::from_secs(120)))?;
-    guest.sh(&crash("outside"))?;
+    contained(
+        guest,
+        "--ulimit core=-1",
+        "sh -c '/bin/busybox sh /crash after container; test $? = 139'",
+    )?;
+    guest.sh(&format!("{crash} after host"))?;
     // What a boot does with the settings on disk changes nothing.
     guest
         .sh("/usr/lib/systemd/systemd-sysctl; grep -qx '|/bin/false' /proc/sys/kernel/core_pattern")
         .context("the next boot would keep core dumps again")?;
-    guest.sh(&crash("later"))?;
-    for name in ["inside", "outside", "later"] {
-        let canary = canary(stage.guest()?, name)?;
-        ensure!(!on_root_disk(stage, &canary)?, "{name}: the memory is on the root disk");
-    }
+    guest.sh(&format!("{crash} after later"))?;
+    let after = canary(guest, "after")?;
+    ensure!(!on_root_disk(stage, &after)?, "the memory of a crash is on the root disk");
     stage.guest()?.sh("test $(ls /var/crash | wc -l) = 1 && ! ls /core* 2>/dev/null").map(drop)
 }
 
@@ -127,17 +135,19 @@ pub(super) fn root_plain(stage: &mut Stage) -> Result<()> {
     stage.cloud.change_volume(&root, &json!({ "encrypted": false }))?;
     let data = stage.attach(&host::volume(), host::DEVICE)?;
     let guest = stage.guest()?;
+    prepare(guest)?;
     // As on an older Debian: a persistent journal, a syslog daemon, and /tmp on the root disk.
     guest.sh("rm /etc/systemd/journald.conf.d/lab.conf && mkdir -p /var/log/journal && \
          rm /usr/lib/systemd/system/tmp.mount /usr/lib/systemd/system/local-fs.target.wants/tmp.mount && \
          printf '[Service]\\nExecStart=/bin/sleep infinity\\n' > /etc/systemd/system/syslog.service && \
          systemctl daemon-reload && systemctl start syslog.service && umount -l /tmp && \
          systemctl restart systemd-journald && journalctl --flush")?;
-    let say = |name: &str| format!("echo -n '{}' | sha256sum | cut -c 1-64", seed(name));
-    guest.sh(&format!("{} | systemd-cat; {} > /tmp/temporary", say("before"), say("temporary")))?;
-    for name in ["before", "temporary"] {
-        let canary = canary(stage.guest()?, name)?;
-        ensure!(on_root_disk(stage, &canary)?, "{name} is not found on the root disk");
+    let say = "busybox sh /run/busybox/say";
+    guest.sh(&format!("{say} before journal | systemd-cat; {say} before tmp > /tmp/before"))?;
+    let before = canary(guest, "before")?;
+    for who in ["journal", "tmp"] {
+        let found = on_root_disk(stage, &format!("{before}-{who}"))?;
+        ensure!(found, "the {who} of before is not found on the root disk");
     }
 
     // By default such a host is refused.
@@ -161,22 +171,19 @@ pub(super) fn root_plain(stage: &mut Stage) -> Result<()> {
     guest.sh("journalctl -b -o cat | grep -q 'this host is ready'")?;
 
     guest.sh(IMPORT)?;
-    for (name, driver) in [("json", "json-file"), ("journal", "journald")] {
-        let run = format!(
-            "docker run --rm=false --network none --log-driver {driver} busybox:local /bin/busybox \
-             sh -c 'echo -n \"{}\" | /bin/busybox sha256sum | /bin/busybox cut -c 1-64' >/dev/null",
-            seed(name)
-        );
-        guest.succeed(&Script::new(&run).deadline(Duration::from_secs(120)))?;
+    for driver in ["json-file", "journald"] {
+        let options = format!("--log-driver {driver}");
+        contained(guest, &options, &format!("sh /say after {driver} >/dev/null"))?;
     }
-    guest.sh(&format!("{} | systemd-cat; {} > /tmp/after", say("after"), say("tmp-after")))?;
-    let logged = canary(guest, "journal")?;
-    guest.until(&format!("journalctl -b -o cat | grep -q {logged}"), Duration::from_secs(20))?;
-    for name in ["json", "journal", "after", "tmp-after"] {
-        let canary = canary(stage.guest()?, name)?;
-        ensure!(!on_root_disk(stage, &canary)?, "{name}: it is on the root disk");
+    guest.sh(&format!("{say} after host | systemd-cat; {say} after tmp > /tmp/after"))?;
+    let after = canary(guest, "after")?;
+    // The container's words and the host's are in the journal, in memory.
+    for who in ["journald", "host"] {
+        let look = format!("journalctl -b -o cat | grep -qx {after}-{who}");
+        guest.until(&look, Duration::from_secs(20))?;
     }
-    let logged = canary(stage.guest()?, "json")?;
+    ensure!(!on_root_disk(stage, &after)?, "what was said is on the root disk");
+    let logged = format!("{after}-json-file");
     ensure!(disk::contains(&data, logged.as_bytes())?, "the log is not on the data disk");
 
     // "allow" demands the same, and does not warn.
