@@ -100,11 +100,6 @@ pub enum Step {
         /// The unit.
         unit: String,
     },
-    /// Make a unit one that systemd never starts.
-    MaskUnit {
-        /// The unit.
-        unit: String,
-    },
     /// Stop swapping to a file or device, if what is there fits into memory at that moment.
     StopSwap {
         /// Its unit.
@@ -153,7 +148,6 @@ impl fmt::Display for Step {
             Self::StartUnit { unit } => write!(f, "start {unit}"),
             Self::StopUnit { unit } => write!(f, "stop {unit}"),
             Self::RestartUnit { unit } => write!(f, "restart {unit}"),
-            Self::MaskUnit { unit } => write!(f, "mask {unit}, so that nothing starts it"),
             Self::StopSwap { path, .. } => write!(f, "stop swapping to {path}"),
             Self::SetKernel { name, value } => write!(f, "set {name} to {value}"),
             Self::StopDocker => f.write_str("stop Docker and containerd"),
@@ -161,9 +155,6 @@ impl fmt::Display for Step {
         }
     }
 }
-
-/// Where systemd looks first for units, and where hostagent writes its own.
-pub const UNITS: &str = "/etc/systemd/system";
 
 /// How long a unit may take to start or stop.
 const UNIT_DEADLINE: Duration = Duration::from_secs(300);
@@ -196,7 +187,6 @@ pub async fn apply(step: &Step, cx: &Context) -> Result<()> {
         Step::StartUnit { unit } => cx.host.systemd().await?.start(unit, UNIT_DEADLINE).await,
         Step::StopUnit { unit } => cx.host.systemd().await?.stop(unit, UNIT_DEADLINE).await,
         Step::RestartUnit { unit } => cx.host.systemd().await?.restart(unit, UNIT_DEADLINE).await,
-        Step::MaskUnit { unit } => files::mask(&Path::new(UNITS).join(unit)),
         Step::StopSwap { unit, path } => stop_swap(cx, unit, path).await,
         Step::SetKernel { name, value } => kernel::set(name, value),
         Step::StopDocker => stop_docker(cx).await,

@@ -10,7 +10,7 @@ use std::path::{Component, Path};
 
 use serde::Serialize;
 
-use super::unit_path;
+use super::bar;
 use crate::config::Config;
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
 use crate::host::kernel::{self, CORE_PATTERN};
@@ -130,26 +130,18 @@ impl Control for CoreDumps {
 
     fn plan(&self, config: &Config, facts: &Facts) -> Result<Plan, Unknown> {
         let (mut steps, mut refused) = (Vec::new(), Vec::new());
-        let mut masked = false;
         for Service { name, unit } in &facts.services {
-            let unit = unit.known()?;
-            if unit.is_up() {
+            if unit.known()?.is_up() {
                 steps.push(Step::StopUnit { unit: (*name).to_owned() });
             }
-            if !comes(unit) {
-                continue;
-            }
-            if Path::new(&unit.fragment_path) == unit_path(name) {
-                refused.push(format!(
-                    "{} is a file of yours: run `systemctl disable {name}`",
-                    unit.fragment_path
-                ));
-            } else {
-                steps.push(Step::MaskUnit { unit: (*name).to_owned() });
-                masked = true;
+        }
+        let written = steps.len();
+        for Service { name, unit } in &facts.services {
+            if comes(unit.known()?) {
+                steps.push(bar(name, Self::ABOUT.id));
             }
         }
-        if masked {
+        if steps.len() > written {
             steps.push(Step::ReloadManager);
         }
         if *facts.crash_kernel.known()?
@@ -230,7 +222,9 @@ impl Service {
 
 /// Whether something starts the unit at the next boot.
 fn comes(unit: &Unit) -> bool {
-    unit.load_state == "loaded" && !unit.wanted_by.is_empty()
+    unit.load_state == "loaded"
+        && !unit.wanted_by.is_empty()
+        && (!unit.barred || unit.need_daemon_reload)
 }
 
 /// Whether a setting's file is read after one of ours that would decide it otherwise.
@@ -309,6 +303,7 @@ fn handler(config: &Config, pattern: &str) -> Handler {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::Seen;
     use anyhow::anyhow;
 
     fn setting(value: &str, file: &str) -> Setting {
@@ -360,12 +355,11 @@ mod tests {
         (steps.iter().map(ToString::to_string).collect(), why)
     }
 
-    fn service(facts: &mut Facts, name: &str, active: &str, wanted_by: &[&str], file: &str) {
+    fn service(facts: &mut Facts, name: &str, active: &str, wanted_by: &[&str]) {
         let unit = Unit {
             load_state: "loaded".into(),
             active_state: active.into(),
             wanted_by: wanted_by.iter().map(|&name| name.to_owned()).collect(),
-            fragment_path: file.into(),
             ..Unit::default()
         };
         let at = SERVICES.iter().position(|service| *service == name).unwrap();
@@ -442,15 +436,14 @@ mod tests {
     }
 
     #[test]
-    fn what_arranges_for_dumps_is_stopped_and_masked() {
+    fn what_arranges_for_dumps_is_stopped_and_barred() {
         let mut apport = facts("|/usr/share/apport/apport -p%p", Some(("core", VENDOR)));
-        let file = "/usr/lib/systemd/system/apport.service";
-        service(&mut apport, APPORT, "active", &["multi-user.target"], file);
+        service(&mut apport, APPORT, "active", &["multi-user.target"]);
         assert_eq!(
             texts(&apport).0,
             [
                 "stop apport.service",
-                "mask apport.service, so that nothing starts it",
+                "write /etc/systemd/system/apport.service.d/10-hostagent.conf",
                 "make systemd read its units again",
                 "write /etc/sysctl.d/zz-hostagent.conf",
                 "set kernel.core_pattern to |/bin/false",
@@ -458,19 +451,19 @@ mod tests {
         );
         // With everything else in order it is wrong all the same: it sets the pattern at the next boot.
         let mut waits = shut();
-        service(&mut waits, APPORT, "inactive", &["multi-user.target"], file);
+        service(&mut waits, APPORT, "inactive", &["multi-user.target"]);
         assert_eq!(judge(&waits), "fail: apport.service is started at the next boot");
+        let Seen::Value(unit) = &mut waits.services[0].unit.seen else { panic!() };
+        unit.barred = true;
+        assert!(judge(&waits).starts_with("pass"), "{}", judge(&waits));
 
         let mut kdump = shut();
         kdump.crash_kernel = Fact::new("t", Ok(true));
         assert_eq!(judge(&kdump), "fail: a crash kernel is loaded (kdump)");
         assert!(texts(&kdump).1.contains("crash kernel"));
-        service(&mut kdump, "kdump-tools.service", "active", &["multi-user.target"], "/usr/lib/x");
+        service(&mut kdump, "kdump-tools.service", "active", &["multi-user.target"]);
         let (steps, why) = texts(&kdump);
         assert!(steps[0] == "stop kdump-tools.service" && why.is_empty(), "{steps:?} {why}");
-        let own = "/etc/systemd/system/kdump.service";
-        service(&mut kdump, "kdump.service", "inactive", &["multi-user.target"], own);
-        assert!(texts(&kdump).1.contains("systemctl disable kdump.service"));
     }
 
     #[test]

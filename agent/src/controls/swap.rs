@@ -9,7 +9,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::unit_path;
+use super::bar;
 use crate::config::Config;
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
 use crate::host::block::DevNum;
@@ -28,8 +28,6 @@ pub struct Facts {
     pub active: Fact<Vec<swap::Swap>>,
     /// What it will swap to from the next boot on.
     pub starts: Fact<Vec<Start>>,
-    /// Of those, the units whose own file stands where a mask would have to.
-    pub own_files: Fact<Vec<String>>,
     /// The device that is mounted on the data volume's mount point.
     pub data: Fact<Option<DevNum>>,
     /// How many bytes of memory can be had without swapping.
@@ -50,19 +48,10 @@ impl Control for Swap {
 
     async fn observe(&self, cx: &Context) -> Facts {
         let starts = async { swap::starts(cx.host.systemd().await?).await }.await;
-        let own_files = match &starts {
-            Ok(starts) => Ok(starts
-                .iter()
-                .filter(|start| unit_path(&start.unit).symlink_metadata().is_ok())
-                .map(|start| start.unit.clone())
-                .collect()),
-            Err(e) => Err(anyhow::anyhow!("{e:#}")),
-        };
         let data = mounts::at(cx.config.volume.mount_point.path());
         Facts {
             active: Fact::new("/proc/swaps", swap::active()),
             starts: Fact::new("systemd (D-Bus), /etc/fstab", starts),
-            own_files: Fact::new("/etc/systemd/system", own_files),
             data: Fact::new(
                 "/proc/self/mountinfo",
                 data.map(|mounts| mounts.last().map(|mount| mount.device)),
@@ -105,7 +94,6 @@ impl Control for Swap {
         let (mut steps, mut refused) = (Vec::new(), Vec::new());
         let used = leaks.active.iter().map(|swap| swap.used).sum();
         if fits(used, *facts.available.known()?) {
-            // Stopped before it is masked, while systemd still knows how.
             steps.extend(leaks.active.iter().map(|swap| Step::StopSwap {
                 unit: unit_name(Path::new(&swap.path), "swap"),
                 path: swap.path.clone(),
@@ -118,20 +106,8 @@ impl Control for Swap {
                 facts.available.known()? >> 20
             ));
         }
-        let masked = steps.len();
-        let own_files = facts.own_files.known()?;
-        for start in leaks.starts {
-            if own_files.contains(&start.unit) {
-                refused.push(format!(
-                    "{} is a file of yours: run `systemctl disable {}`",
-                    unit_path(&start.unit).display(),
-                    start.unit
-                ));
-            } else {
-                steps.push(Step::MaskUnit { unit: start.unit.clone() });
-            }
-        }
-        if steps.len() > masked {
+        if !leaks.starts.is_empty() {
+            steps.extend(leaks.starts.iter().map(|start| bar(&start.unit, Self::ABOUT.id)));
             steps.push(Step::ReloadManager);
         }
         Ok(Plan::with_refusals(steps, &refused))
@@ -210,7 +186,6 @@ mod tests {
         Facts {
             active: Fact::new("t", Ok(active)),
             starts: Fact::new("t", Ok(starts)),
-            own_files: Fact::new("t", Ok(vec![])),
             data: Fact::new("t", Ok(Some(DATA))),
             available: Fact::new("t", Ok(1 << 30)),
         }
@@ -272,17 +247,17 @@ mod tests {
     }
 
     #[test]
-    fn swap_is_stopped_and_then_masked() {
+    fn swap_is_stopped_and_does_not_come_back() {
         let leaking = facts(
             vec![swap("/swapfile", on_root()), swap("/data/swap", on_data())],
             vec![start("/swapfile", Some(on_root()))],
         );
-        let unit = || "swapfile.swap".to_owned();
+        let unit = "swapfile.swap".to_owned();
         assert_eq!(
             plan(&leaking),
             Plan::Steps(vec![
-                Step::StopSwap { unit: unit(), path: "/swapfile".into() },
-                Step::MaskUnit { unit: unit() },
+                Step::StopSwap { unit, path: "/swapfile".into() },
+                bar("swapfile.swap", "swap"),
                 Step::ReloadManager,
             ])
         );
@@ -295,8 +270,7 @@ mod tests {
             facts(vec![swap("/swapfile", on_root())], vec![start("/swapfile", Some(on_root()))]);
         full.available = Fact::new("t", Ok(1 << 20));
         let Plan::Contain { steps, why } = plan(&full) else { panic!("{:?}", plan(&full)) };
-        let unit = "swapfile.swap".to_owned();
-        assert_eq!(steps, [Step::MaskUnit { unit }, Step::ReloadManager]);
+        assert_eq!(steps, [bar("swapfile.swap", "swap"), Step::ReloadManager]);
         assert!(why.contains("reboot"), "{why}");
         // Nothing in use needs no memory.
         let Fact { seen: crate::control::Seen::Value(active), .. } = &mut full.active else {
@@ -304,16 +278,6 @@ mod tests {
         };
         active[0].used = 0;
         assert!(matches!(plan(&full), Plan::Steps(steps) if steps.len() == 3));
-    }
-
-    #[test]
-    fn a_unit_file_of_the_operators_is_left_alone() {
-        let mut own =
-            facts(vec![swap("/swapfile", on_root())], vec![start("/swapfile", Some(on_root()))]);
-        own.own_files = Fact::new("t", Ok(vec!["swapfile.swap".into()]));
-        let Plan::Contain { steps, why } = plan(&own) else { panic!("{:?}", plan(&own)) };
-        assert!(matches!(steps[..], [Step::StopSwap { .. }]), "{steps:?}");
-        assert!(why.contains("systemctl disable swapfile.swap"), "{why}");
     }
 
     #[test]

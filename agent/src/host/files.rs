@@ -43,24 +43,6 @@ pub fn remove(path: &Path) -> Result<()> {
     }
 }
 
-/// Makes `path` a link to `/dev/null`, durably: so systemd is told never to start a unit. What is
-/// there already, if it is not that link, is an error and stays as it is.
-pub fn mask(path: &Path) -> Result<()> {
-    let doing = || format!("making {} a link to /dev/null", path.display());
-    let dir = path.parent().with_context(doing)?;
-    fs::DirBuilder::new().recursive(true).mode(0o755).create(dir).with_context(doing)?;
-    match std::os::unix::fs::symlink("/dev/null", path) {
-        Ok(()) => sync_dir(dir),
-        Err(e) if e.kind() == ErrorKind::AlreadyExists && is_masked(path) => Ok(()),
-        Err(e) => Err(e).with_context(doing),
-    }
-}
-
-/// Whether `path` is a link to `/dev/null`.
-fn is_masked(path: &Path) -> bool {
-    fs::read_link(path).is_ok_and(|target| target == Path::new("/dev/null"))
-}
-
 fn sync_dir(dir: &Path) -> Result<()> {
     File::open(dir)
         .and_then(|d| d.sync_all())
@@ -186,18 +168,6 @@ mod tests {
         remove(&path).unwrap();
         remove(&path).unwrap();
         assert_eq!(read_optional(&path).unwrap(), None);
-    }
-
-    #[test]
-    fn a_mask_replaces_nothing() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("new/a.swap");
-        mask(&path).unwrap();
-        mask(&path).unwrap();
-        assert_eq!(fs::read_link(&path).unwrap(), Path::new("/dev/null"));
-        fs::write(dir.path().join("b.swap"), "mine").unwrap();
-        assert!(mask(&dir.path().join("b.swap")).is_err());
-        assert_eq!(fs::read_to_string(dir.path().join("b.swap")).unwrap(), "mine");
     }
 
     #[test]

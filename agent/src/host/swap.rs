@@ -89,7 +89,8 @@ fn place(path: &Path) -> Result<Option<Place>> {
 }
 
 /// What starts swap at the next boot: units that something pulls in, units that are enabled on disk,
-/// and lines of `/etc/fstab` that systemd may not have read yet. What is masked starts nothing.
+/// and lines of `/etc/fstab` that systemd may not have read yet. What is masked or barred starts
+/// nothing.
 pub async fn starts(systemd: &Systemd) -> Result<Vec<Start>> {
     let mut found: BTreeMap<String, Option<String>> = BTreeMap::new();
     for name in systemd.units_like("*.swap").await? {
@@ -107,7 +108,8 @@ pub async fn starts(systemd: &Systemd) -> Result<Vec<Start>> {
         let loaded = systemd.unit(&unit).await?;
         // Without a file it is there because the kernel swaps to it, or because it once did.
         let pulled_in = !loaded.fragment_path.is_empty() && !loaded.wanted_by.is_empty();
-        if loaded.load_state == "masked" || (by.is_none() && !pulled_in) {
+        let barred = loaded.barred && !loaded.need_daemon_reload;
+        if loaded.load_state == "masked" || barred || (by.is_none() && !pulled_in) {
             continue;
         }
         let path = path_of_unit(&unit);

@@ -60,6 +60,8 @@ pub struct Unit {
     pub requires: Vec<String>,
     /// `RequiresMountsFor=`
     pub requires_mounts_for: Vec<String>,
+    /// Whether the condition [`BARRED`] keeps the unit from starting.
+    pub barred: bool,
     /// The units that pull this one in: `WantedBy=` and `RequiredBy=` as they are in force.
     pub wanted_by: Vec<String>,
     /// The command lines of `ExecStartPre=`; a service's only.
@@ -69,6 +71,10 @@ pub struct Unit {
     /// When the main process was started; a service's only, none if it never was.
     pub main_started: Option<Timestamp>,
 }
+
+/// A condition that is never met: a unit that has it is not started, and what requires the unit is
+/// started all the same.
+pub const BARRED: &str = "ConditionPathExists=!/";
 
 /// One command line of a unit.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -147,6 +153,10 @@ impl Systemd {
             ..Unit::default()
         };
         is.wanted_by.extend(take::<Vec<String>>(&mut unit, "RequiredBy").with_context(doing)?);
+        let conditions: Vec<ConditionTuple> = take(&mut unit, "Conditions").with_context(doing)?;
+        is.barred = conditions.iter().any(|(kind, trigger, negate, parameter, _)| {
+            *negate && !trigger && format!("{kind}=!{parameter}") == BARRED
+        });
         if name.ends_with(".service") && is.exists() {
             is.main_pid = take(&mut service, "MainPID").with_context(doing)?;
             let started: u64 = take(&mut service, "ExecMainStartTimestamp").with_context(doing)?;
@@ -244,6 +254,9 @@ impl Systemd {
 
 /// `a(sasbttttuii)`: path, words, ignore failure, times of start and end twice, PID, code, status.
 type ExecTuple = (String, Vec<String>, bool, u64, u64, u64, u64, u32, i32, i32);
+
+/// `(sbbsi)`: kind, whether one of several suffices, whether it is negated, parameter, last result.
+type ConditionTuple = (String, bool, bool, String, i32);
 
 /// `(ssssssouso)`: name, description, load, active and sub state, followed unit, path, job's id, type
 /// and path.
