@@ -229,6 +229,14 @@ mod tests {
         assert_eq!(path_of_unit("a\\x2.swap"), Path::new("/a\\x2"));
     }
 
+    proptest::proptest! {
+        #[test]
+        fn a_path_is_told_from_its_unit(path in "(/[a-zA-Z0-9:_. \\\\-]{1,9}){1,4}") {
+            let unit = unit_name(Path::new(&path), "swap");
+            proptest::prop_assert_eq!(path_of_unit(&unit), Path::new(&path));
+        }
+    }
+
     #[test]
     fn memory_is_counted() {
         assert!(available_memory().unwrap() > 1 << 20);
