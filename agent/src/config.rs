@@ -27,6 +27,8 @@ pub struct Config {
     pub instance: Instance,
     /// The encrypted data volume.
     pub volume: Volume,
+    /// The volume that the system is on.
+    pub root: Root,
     /// The SSH daemon.
     pub sshd: Sshd,
     /// Who is told whether the host became ready.
@@ -161,6 +163,27 @@ impl Filesystem {
             Self::Xfs => "xfs",
         }
     }
+}
+
+/// `[root]`
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct Root {
+    /// What is done about a root volume that is not encrypted.
+    pub encryption: RootEncryption,
+}
+
+/// What is done about a root volume that EC2 does not say is encrypted. Whatever it is, nothing that
+/// a container says may be kept there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RootEncryption {
+    /// The host is not ready.
+    #[default]
+    Require,
+    /// It is said, and the host can be ready.
+    Warn,
+    /// The host can be ready.
+    Allow,
 }
 
 /// `[sshd]`

@@ -20,7 +20,7 @@ use crate::host::block::{self, Volumes};
 use crate::host::chain;
 use crate::host::format::{self, Onto, Order};
 use crate::host::uevents::Uevents;
-use crate::host::{files, growth, mounts, sshd};
+use crate::host::{files, growth, kernel, mounts, sshd, swap};
 use crate::volume::{self, State};
 
 /// One change to the host, or one wait for something that changes it.
@@ -105,6 +105,30 @@ pub enum Step {
         /// The unit.
         unit: String,
     },
+    /// Stop a unit.
+    StopUnit {
+        /// The unit.
+        unit: String,
+    },
+    /// Stop a unit and start it again, so that it reads its configuration.
+    RestartUnit {
+        /// The unit.
+        unit: String,
+    },
+    /// Stop swapping to a file or device, if what is there fits into memory at that moment.
+    StopSwap {
+        /// Its unit.
+        unit: String,
+        /// The file or device.
+        path: String,
+    },
+    /// Set a parameter of the running kernel.
+    SetKernel {
+        /// Its name, such as `kernel.core_pattern`.
+        name: String,
+        /// Its new value.
+        value: String,
+    },
     /// Stop Docker and containerd, and what would start them again.
     StopDocker,
     /// Move sshd to a port, and away from all others.
@@ -160,6 +184,10 @@ impl fmt::Display for Step {
             Self::ReloadManager => f.write_str("make systemd read its units again"),
             Self::MountVolume { unit, volumes, .. } => write!(f, "mount {volumes} ({unit})"),
             Self::StartUnit { unit } => write!(f, "start {unit}"),
+            Self::StopUnit { unit } => write!(f, "stop {unit}"),
+            Self::RestartUnit { unit } => write!(f, "restart {unit}"),
+            Self::StopSwap { path, .. } => write!(f, "stop swapping to {path}"),
+            Self::SetKernel { name, value } => write!(f, "set {name} to {value}"),
             Self::StopDocker => f.write_str("stop Docker and containerd"),
             Self::MoveSshd { port } => write!(f, "move sshd to port {port}"),
         }
@@ -194,6 +222,10 @@ pub async fn apply(step: &Step, cx: &Context) -> Result<()> {
         Step::ReloadManager => cx.host.systemd().await?.reload_manager().await,
         Step::MountVolume { unit, link, volumes } => mount_volume(cx, unit, link, volumes).await,
         Step::StartUnit { unit } => cx.host.systemd().await?.start(unit, UNIT_DEADLINE).await,
+        Step::StopUnit { unit } => cx.host.systemd().await?.stop(unit, UNIT_DEADLINE).await,
+        Step::RestartUnit { unit } => cx.host.systemd().await?.restart(unit, UNIT_DEADLINE).await,
+        Step::StopSwap { unit, path } => stop_swap(cx, unit, path).await,
+        Step::SetKernel { name, value } => kernel::set(name, value),
         Step::StopDocker => stop_docker(cx).await,
         Step::MoveSshd { port } => sshd::move_port(cx.host.systemd().await?, *port).await,
     }
@@ -292,6 +324,20 @@ async fn stop_docker(cx: &Context) -> Result<()> {
         }
     }
     Ok(())
+}
+
+async fn stop_swap(cx: &Context, unit: &str, path: &str) -> Result<()> {
+    // By the kernel's table alone: a swap that cannot be looked at any more can still be stopped.
+    let used = swap::in_use()?.into_iter().find(|(name, _)| name == path).map(|(_, used)| used);
+    let Some(used) = used else { return Ok(()) };
+    let available = swap::available_memory()?;
+    ensure!(
+        swap::fits(used, available),
+        "{path} holds {} MiB, and only {} MiB of memory are available; stop what takes memory",
+        used >> 20,
+        available >> 20
+    );
+    cx.host.systemd().await?.stop(unit, UNIT_DEADLINE).await
 }
 
 fn prepare_mount_point(path: &Path) -> Result<()> {

@@ -261,7 +261,7 @@ fn stands_elsewhere(path: &str, layer: &Layer, ids: &Volumes) -> Option<Misfit> 
 }
 
 /// The disks with the volumes that EC2's mapping gives to those of Xen, which have no serial number.
-fn with_mapping(disks: &[Disk], attached: &[AttachedVolume]) -> Result<Vec<Disk>, Unknown> {
+pub fn with_mapping(disks: &[Disk], attached: &[AttachedVolume]) -> Result<Vec<Disk>, Unknown> {
     if !disks.iter().any(|disk| matches!(disk.told_by, ToldBy::Mapping(_))) {
         return Ok(disks.to_vec());
     }

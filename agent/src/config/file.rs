@@ -12,7 +12,7 @@ use serde::Deserialize;
 use super::values::{
     AssembledDevice, DeviceName, KeyArn, MountPoint, Name, OneOrMore, Port, Seconds, Tag,
 };
-use super::{Config, DEFAULT_PATH, Filesystem, Select, Tenancy, VolumeId};
+use super::{Config, DEFAULT_PATH, Filesystem, RootEncryption, Select, Tenancy, VolumeId};
 
 /// One file's content: every key optional, an unknown key an error.
 #[derive(Debug, Default, Deserialize)]
@@ -22,6 +22,8 @@ struct File {
     instance: FileInstance,
     #[serde(deserialize_with = "section")]
     volume: FileVolume,
+    #[serde(deserialize_with = "section")]
+    root: FileRoot,
     #[serde(deserialize_with = "section")]
     sshd: FileSshd,
     #[serde(deserialize_with = "section")]
@@ -97,6 +99,12 @@ impl FileVolume {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
+struct FileRoot {
+    encryption: Option<RootEncryption>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 struct FileSshd {
     port: Option<Port>,
 }
@@ -139,7 +147,7 @@ fn set<T>(target: &mut T, value: Option<T>) {
 
 impl Config {
     fn apply(&mut self, file: File) {
-        let File { instance, volume, sshd, signal, run } = file;
+        let File { instance, volume, root, sshd, signal, run } = file;
         set(&mut self.instance.tenancy, instance.tenancy.map(|t| t.0));
         // What a later file says of the choice replaces all of it.
         let select = (volume.device.map(|d| Select::Device(d.0)))
@@ -156,6 +164,7 @@ impl Config {
             volume.kms_keys.map(|keys| keys.into_iter().map(|key| key.0).collect()),
         );
         set(&mut self.volume.wait_seconds, volume.wait_seconds);
+        set(&mut self.root.encryption, root.encryption);
         set(&mut self.sshd.port, sshd.port);
         let text = |name: Option<Name>| name.map(|n| Some(n.0));
         set(&mut self.signal.stack, text(signal.stack));
@@ -402,6 +411,7 @@ mod tests {
                 ":2: volume.format_unrecognised: \"/dev/sdf\" is not a volume id",
             ),
             ("[volume]\nformat_unrecognised = true\n", ":2: volume.format_unrecognised: invalid"),
+            ("[root]\nencryption = \"maybe\"\n", ":2: root.encryption: unknown variant `maybe`"),
             ("[volume]\nkms_keys = [\n \"alias/x\"]\n", ":2: volume.kms_keys: must be the ARN"),
             ("[volume]\nwait_seconds = -1\n", ":2: volume.wait_seconds: -1 is out of range"),
             ("[instance]\ntenancy = []\n", ":2: instance.tenancy: must name at least one"),

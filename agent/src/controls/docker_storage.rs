@@ -80,7 +80,7 @@ impl Control for DockerStorage {
               encrypted volume, whatever the daemons are configured to do.",
         requires: &["boot-order", "data-mount"],
         // Docker is started last: on a host on which all else is proven, or not at all.
-        acts_after: &["instance-tenancy", "sshd-port"],
+        acts_after: &["instance-tenancy", "sshd-port", "swap", "core-dumps", "root-volume"],
     };
 
     async fn observe(&self, cx: &Context) -> Facts {

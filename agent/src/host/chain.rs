@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::io::ErrorKind;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
@@ -39,11 +39,17 @@ pub enum Kind {
     Disk(Disk),
     /// A partition of the device beneath.
     Partition,
-    /// A mapping of the device mapper: `LVM`, `CRYPT`, …, by the prefix of its UUID.
+    /// A mapping of the device mapper, such as `LVM`, by the prefix of its UUID.
     Mapping(String),
+    /// A mapping that encrypts, by its name.
+    Crypt(String),
     /// An md array, of this level.
     Array(String),
-    /// Something that stands on no disk that is known: a loop device, a network device.
+    /// A loop device: it stands on the device that its file's filesystem is on.
+    Loop,
+    /// Memory: zram that writes nothing back.
+    Memory,
+    /// Something that stands on no disk that is known, such as a network device.
     Other,
 }
 
@@ -53,7 +59,7 @@ impl Layer {
         Self::under(Path::new("/sys/dev/block"), number, 0)
     }
 
-    fn under(sys: &Path, number: DevNum, depth: usize) -> Result<Self> {
+    pub(super) fn under(sys: &Path, number: DevNum, depth: usize) -> Result<Self> {
         if depth > DEEPEST {
             bail!("the devices beneath {number} go deeper than {DEEPEST} layers");
         }
@@ -73,7 +79,23 @@ impl Layer {
             let uuid = text("dm/uuid")?.unwrap_or_default();
             let prefix = uuid.split('-').next().filter(|p| !p.is_empty()).unwrap_or("unnamed");
             beneath = slaves(&dir)?;
-            Kind::Mapping(prefix.to_owned())
+            if encrypts(&uuid) {
+                Kind::Crypt(text("dm/name")?.unwrap_or_else(|| name.clone()))
+            } else {
+                Kind::Mapping(prefix.to_owned())
+            }
+        } else if name.starts_with("zram") {
+            // The attribute is there only in kernels that can write back.
+            match text("backing_dev")?.as_deref() {
+                None | Some("none") => Kind::Memory,
+                Some(backing) => {
+                    beneath.push(device_of(Path::new(backing))?);
+                    Kind::Other
+                }
+            }
+        } else if let Some(backing) = text("loop/backing_file")? {
+            beneath.push(device_of(Path::new(&backing))?);
+            Kind::Loop
         } else if dir.join("md").exists() {
             beneath = slaves(&dir)?;
             Kind::Array(text("md/level")?.unwrap_or_default())
@@ -103,7 +125,9 @@ impl Layer {
     fn collect<'a>(&'a self, ends: &mut Vec<Result<&'a Disk, &'a str>>) {
         let end = match &self.kind {
             Kind::Disk(disk) => Ok(disk),
-            // A mapping onto nothing (error, zero) is no disk either.
+            // What is in a file stands on a filesystem, and not on a disk. A mapping onto nothing
+            // (error, zero) is no disk either.
+            Kind::Loop => Err(self.name.as_str()),
             _ if self.on.is_empty() => Err(self.name.as_str()),
             _ => return self.on.iter().for_each(|layer| layer.collect(ends)),
         };
@@ -138,7 +162,10 @@ impl Layer {
             },
             Kind::Partition => "partition".to_owned(),
             Kind::Mapping(prefix) => format!("device mapper ({prefix})"),
+            Kind::Crypt(name) => format!("device mapper (CRYPT), {name}"),
             Kind::Array(level) => format!("md array ({level})"),
+            Kind::Loop => "loop device".to_owned(),
+            Kind::Memory => "memory".to_owned(),
             Kind::Other => "no disk".to_owned(),
         };
         lines.push(format!("{}{} ({}) {what}", "  ".repeat(depth), self.name, self.number));
@@ -168,8 +195,10 @@ pub fn stable_name(layer: &Layer) -> Result<Option<PathBuf>> {
             return Ok(path.exists().then_some(path));
         }
         Kind::Disk(Disk { serial: Some(serial), .. }) => &|name| name.contains(serial.as_str()),
-        Kind::Disk(_) | Kind::Partition | Kind::Other => return Ok(None),
-        Kind::Mapping(_) => &|name| name.starts_with("dm-uuid-"),
+        Kind::Disk(_) | Kind::Partition | Kind::Loop | Kind::Memory | Kind::Other => {
+            return Ok(None);
+        }
+        Kind::Mapping(_) | Kind::Crypt(_) => &|name| name.starts_with("dm-uuid-"),
         Kind::Array(_) => &|name| name.starts_with("md-uuid-"),
     };
     let dir = Path::new("/dev/disk/by-id");
@@ -192,6 +221,19 @@ pub fn stable_name(layer: &Layer) -> Result<Option<PathBuf>> {
     // With the namespace's number first: udev's rules call the shorter form obsolete.
     links.sort_by_key(|link| (!link.to_string_lossy().ends_with("_1"), link.clone()));
     Ok(links.into_iter().next())
+}
+
+/// The device that a path is, if it is a device file, or that its filesystem is on.
+fn device_of(path: &Path) -> Result<DevNum> {
+    let meta = fs::metadata(path).with_context(|| format!("looking at {}", path.display()))?;
+    let is_device = meta.file_type().is_block_device();
+    Ok(DevNum::of(if is_device { meta.rdev() } else { meta.dev() }))
+}
+
+/// Whether a device mapper target with this UUID encrypts. cryptsetup gives its UUIDs the prefix
+/// `CRYPT-`, to integrity and verity targets too, which hide nothing.
+fn encrypts(uuid: &str) -> bool {
+    ["CRYPT-LUKS1-", "CRYPT-LUKS2-", "CRYPT-PLAIN-"].iter().any(|kind| uuid.starts_with(kind))
 }
 
 fn number_in(dir: &Path) -> Result<Option<DevNum>> {
@@ -220,21 +262,26 @@ fn slaves(dir: &Path) -> Result<Vec<DevNum>> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
 
     /// A sysfs: devices below `devices`, and links to them by number below `dev`.
-    struct Sys(tempfile::TempDir);
+    pub(in super::super) struct Sys(tempfile::TempDir);
 
     impl Sys {
-        fn new() -> Self {
+        pub(in super::super) fn new() -> Self {
             let root = tempfile::tempdir().unwrap();
             fs::create_dir_all(root.path().join("dev")).unwrap();
             Self(root)
         }
 
-        fn device(&self, path: &str, number: &str, attributes: &[(&str, &str)]) {
+        pub(in super::super) fn device(
+            &self,
+            path: &str,
+            number: &str,
+            attributes: &[(&str, &str)],
+        ) {
             let dir = self.0.path().join("devices").join(path);
             fs::create_dir_all(&dir).unwrap();
             for (name, value) in [("dev", number), ("size", "16777216")].iter().chain(attributes) {
@@ -245,18 +292,18 @@ mod tests {
             symlink(&dir, self.0.path().join("dev").join(number)).unwrap();
         }
 
-        fn disk(&self, name: &str, number: &str, serial: &str) {
+        pub(in super::super) fn disk(&self, name: &str, number: &str, serial: &str) {
             self.device(name, number, &[("device/serial", serial)]);
         }
 
-        fn slave(&self, upper: &str, lower: &str) {
+        pub(in super::super) fn slave(&self, upper: &str, lower: &str) {
             let slaves = self.0.path().join("devices").join(upper).join("slaves");
             fs::create_dir_all(&slaves).unwrap();
             let name = Path::new(lower).file_name().unwrap();
             symlink(self.0.path().join("devices").join(lower), slaves.join(name)).unwrap();
         }
 
-        fn layer(&self, number: &str) -> Result<Layer> {
+        pub(in super::super) fn layer(&self, number: &str) -> Result<Layer> {
             Layer::under(&self.0.path().join("dev"), DevNum::parse(number).unwrap(), 0)
         }
     }
@@ -270,7 +317,7 @@ mod tests {
         sys.device("md0", "9:0", &[("md/level", "raid1")]);
         sys.slave("md0", "nvme1n1");
         sys.slave("md0", "nvme2n1/nvme2n1p1");
-        sys.device("dm-0", "253:0", &[("dm/uuid", "CRYPT-LUKS2-abc-data")]);
+        sys.device("dm-0", "253:0", &[("dm/uuid", "CRYPT-LUKS2-abc-data"), ("dm/name", "data")]);
         sys.slave("dm-0", "md0");
         sys.device("dm-1", "253:1", &[("dm/uuid", "LVM-xyz")]);
         sys.slave("dm-1", "dm-0");
@@ -282,7 +329,7 @@ mod tests {
             top.lines(),
             [
                 "dm-1 (253:1) device mapper (LVM)",
-                "  dm-0 (253:0) device mapper (CRYPT)",
+                "  dm-0 (253:0) device mapper (CRYPT), data",
                 "    md0 (9:0) md array (raid1)",
                 "      nvme1n1 (259:1) disk, serial number vol0aaaaaaaaaaaaaaa1: vol-0aaaaaaaaaaaaaaa1",
                 "      nvme2n1p1 (259:3) partition",

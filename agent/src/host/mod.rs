@@ -9,12 +9,17 @@ pub mod device;
 pub mod docker;
 pub mod files;
 pub mod format;
+pub mod ground;
 pub mod growth;
 pub mod identity;
+pub mod kernel;
+pub mod logs;
 pub mod mounts;
+pub mod settings;
 pub mod signatures;
 pub mod sshd;
 pub mod superblock;
+pub mod swap;
 pub mod systemd;
 pub mod uevents;
 

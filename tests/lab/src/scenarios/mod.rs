@@ -4,6 +4,7 @@ mod boot;
 mod format;
 mod host;
 mod identity;
+mod leaks;
 mod ready;
 mod reboots;
 mod refused;
@@ -168,6 +169,17 @@ pub const ALL: &[Scenario] = &[
         "one-at-a-time",
         "a second run at the same time is turned away",
         refused::one_at_a_time,
+    ),
+    installed("swap", "swap on the root disk is turned off, and does not come back", leaks::swap),
+    installed(
+        "core-dumps",
+        "the memory of a container that crashes does not reach the root disk",
+        leaks::core_dumps,
+    ),
+    installed(
+        "root-plain",
+        "a root volume that is not encrypted: refused, or left without what containers say",
+        leaks::root_plain,
     ),
     installed(
         "reboots",
