@@ -99,6 +99,12 @@ struct Cut {
     dir: PathBuf,
 }
 
+impl std::fmt::Display for Cut {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(out, "cut {} at {:.1} s, at `{}`", self.seed, self.moment.as_secs_f64(), self.step)
+    }
+}
+
 /// What every check compares with.
 struct Before {
     /// What Docker had, by [`MANIFEST`].
@@ -130,7 +136,7 @@ pub(super) fn power_cut(stage: &mut Stage) -> Result<()> {
     let lab = Lab { props: stage.props, ports: stage.cloud.ports(), dir: stage.dir().to_owned() };
 
     let (duration, outcome) = lab.uncut(&before)?;
-    say(format!("  not cut: {outcome} after {:.1} s", duration.as_secs_f64()));
+    say(format!("  a provision that nothing cuts: {outcome}, in {:.1} s", duration.as_secs_f64()));
     say(format!("  {times} cuts, seeds {seed} and up (one again: --times 1 --seed SEED)"));
     let mut failed = Vec::new();
     let mut outcomes: Vec<(Outcome, String)> = Vec::new();
@@ -138,22 +144,10 @@ pub(super) fn power_cut(stage: &mut Stage) -> Result<()> {
     for seeds in seeds.chunks(PER_FILM) {
         let film = tempfile::Builder::new().prefix("film-").tempdir_in(&lab.dir)?;
         let cuts = lab.film(film.path(), duration, seeds)?;
-        for (cut, result, took) in lab.check_all(&cuts, &before) {
-            let place = format!(
-                "cut {} at {:5.1} s, at `{}`",
-                cut.seed,
-                cut.moment.as_secs_f64(),
-                cut.step
-            );
+        for (cut, result) in lab.check_all(&cuts, &before) {
             match result {
-                Ok(outcome) => {
-                    say(format!("  {place}: {outcome} ({:.0} s)", took.as_secs_f64()));
-                    outcomes.push((outcome, cut.step.clone()));
-                }
-                Err(error) => {
-                    say(format!("  {place}: FAILED: {error:#}"));
-                    failed.push(format!("{place}: {}", first_line(&error)));
-                }
+                Ok(outcome) => outcomes.push((outcome, cut.step.clone())),
+                Err(error) => failed.push(format!("{cut}: {}", first_line(&error))),
             }
         }
     }
@@ -286,11 +280,7 @@ impl Lab<'_> {
     }
 
     /// Boots and judges cuts, as many side by side as there are processors.
-    fn check_all<'c>(
-        &self,
-        cuts: &'c [Cut],
-        before: &Before,
-    ) -> Vec<(&'c Cut, Result<Outcome>, Duration)> {
+    fn check_all<'c>(&self, cuts: &'c [Cut], before: &Before) -> Vec<(&'c Cut, Result<Outcome>)> {
         let next = AtomicUsize::new(0);
         let results = Mutex::new(Vec::new());
         let jobs = std::thread::available_parallelism().map_or(1, usize::from).min(4);
@@ -301,9 +291,14 @@ impl Lab<'_> {
                         let begun = Instant::now();
                         let result = self.check(cut, before);
                         let _ = fs::remove_dir_all(&cut.dir);
+                        let took = begun.elapsed().as_secs();
+                        match &result {
+                            Ok(outcome) => say(format!("  {cut}: {outcome} ({took} s)")),
+                            Err(error) => say(format!("  {cut}: FAILED ({took} s): {error:#}")),
+                        }
                         let mut results =
                             results.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                        results.push((cut, result, begun.elapsed()));
+                        results.push((cut, result));
                     }
                 });
             }
