@@ -176,9 +176,9 @@ fn drawn(seed: u64) -> f64 {
 
 /// Fills Docker, saves the instance as it is then, and makes the foreign disks.
 fn prepare(stage: &mut Stage) -> Result<Before> {
-    let fill = FILL.replace("$RECORD", RECORD);
+    let script = FILL.replace("$RECORD", RECORD);
     let guest = stage.guest()?;
-    guest.succeed(&Script::new(&fill).deadline(Duration::from_mins(3)))?;
+    guest.succeed(&Script::new(&script).deadline(Duration::from_mins(3)))?;
     let docker = manifest(guest, "/var/lib/docker")?;
     for expected in ["x ", "device ", "sparse 1", "p ", "l "] {
         ensure!(docker.iter().any(|line| line.starts_with(expected)), "no {expected}: {docker:#?}");
@@ -315,16 +315,25 @@ impl Lab<'_> {
             parameters: BRIEF,
             ..Machine::new(&self.props.image, &disk, &cut.dir, self.ports)
         })?;
-        let result = Self::judge_twice(&mut vm, before)
+        // A second run on a ready host is the less telling case, and costs as much as the other.
+        let again = |first: &Outcome| *first != Outcome::Ready || cut.seed.is_multiple_of(3);
+        let result = Self::judge_twice(&mut vm, before, again)
             .and_then(|outcome| foreign_untouched(&cut.dir, before).map(|()| outcome));
         result.map_err(|error| with_evidence(&error, &mut vm))
     }
 
-    fn judge_twice(vm: &mut Vm, before: &Before) -> Result<Outcome> {
+    fn judge_twice(
+        vm: &mut Vm,
+        before: &Before,
+        again: impl FnOnce(&Outcome) -> bool,
+    ) -> Result<Outcome> {
         let guest = &mut vm.guest;
         guest.wait(BOOT)?;
         host::settled(guest, RUN).context("the run after the cut does not end")?;
         let first = judge(guest, before).context("after the boot")?;
+        if !again(&first) {
+            return Ok(first);
+        }
         let again = host::hostagent(guest, "provision")?;
         let second = judge(guest, before).context("after one more run")?;
         ensure!((again.status == 0) == (second == Outcome::Ready), "{second}, and {again:?}");
