@@ -87,14 +87,10 @@ fn run(what: What) -> Result<ExitCode> {
         What::Package { profile } => println!("{}", package::build(profile)?.display()),
         What::Test { list: true, .. } => runner::list(),
         What::Test { jobs, deb, evidence, times, seed, filters, .. } => {
-            let seed = match seed {
-                Some(seed) => seed,
-                // The time in milliseconds, without what is the same for years.
-                None => {
-                    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
-                    u64::from(now.subsec_millis()) + now.as_secs() % 1_000_000 * 1000
-                }
-            };
+            // By default the time in milliseconds, without what is the same for days.
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+            let seed =
+                seed.unwrap_or(u64::from(now.subsec_millis()) + now.as_secs() % 1_000_000 * 1000);
             let cuts = Cuts { times, seed };
             if !runner::run(&filters, runner::Options { jobs, deb, evidence, cuts })? {
                 return Ok(ExitCode::FAILURE);
