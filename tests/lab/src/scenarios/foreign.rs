@@ -104,7 +104,9 @@ fn zfs_labels(file: &File) -> std::io::Result<()> {
     let size = file.metadata()?.len();
     // XDR, big endian, unique names.
     let mut names = vec![1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
-    for (name, number) in [("version", 5000), ("pool_guid", 0x5eed), ("guid", 0x5eee)] {
+    let numbers =
+        [("version", 5000), ("state", 0), ("txg", 4), ("pool_guid", 0x5eed), ("guid", 0x5eee)];
+    for (name, number) in numbers {
         names.extend(zfs_pair(name, 8, &u64::to_be_bytes(number)));
     }
     names.extend(zfs_pair("name", 9, b"\0\0\0\x08patients"));
