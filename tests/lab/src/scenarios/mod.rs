@@ -1,6 +1,8 @@
 //! The scenarios, in one explicit list. Each shows one thing on an instance of its own.
 
 mod boot;
+mod destroy;
+mod foreign;
 mod format;
 mod host;
 mod identity;
@@ -185,5 +187,50 @@ pub const ALL: &[Scenario] = &[
         "reboots",
         "ready again after a reboot; Docker down after one without the volume",
         reboots::reboots,
+    ),
+    installed(
+        "foreign-tables",
+        "GPT, MBR, LVM, LUKS, md, ZFS and random bytes are refused, byte for byte",
+        foreign::tables,
+    ),
+    installed(
+        "foreign-filesystems",
+        "somebody's ext4, xfs, btrfs, swap and a wiped ext4 are refused, byte for byte",
+        foreign::filesystems,
+    ),
+    installed(
+        "foreign-clone",
+        "hostagent's own filesystem of another volume is refused",
+        foreign::clone,
+    ),
+    installed(
+        "disk-errors",
+        "a disk that cannot be read is not formatted, one that cannot be written not used",
+        foreign::errors,
+    ),
+    installed(
+        "disk-mapped",
+        "a blank disk under a device mapping (linear, flakey, error) is refused",
+        foreign::mapped,
+    ),
+    installed(
+        "disk-hangs",
+        "a disk that answers no more makes nothing hang and nothing pass",
+        foreign::hangs,
+    ),
+    installed(
+        "pci-order",
+        "the disks come in another order at the next boot; the foreign one stays as it is",
+        foreign::pci_order,
+    ),
+    installed(
+        "state-lost",
+        "a new instance without hostagent's state uses the volume with its data",
+        foreign::state_lost,
+    ),
+    installed(
+        "power-cut",
+        "after a power cut at any moment no data is lost, and the host is ready or says why not",
+        destroy::power_cut,
     ),
 ];
