@@ -28,7 +28,7 @@ use nix::fcntl::{Flock, FlockArg};
 use rustix::fs::SeekFrom;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
-use tracing::info;
+use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::block::{self, Disk, VolumeId};
@@ -432,7 +432,9 @@ pub async fn format(order: &Order) -> Result<()> {
             Ok(((image, took), seen)) => (image, took, seen),
             Err(e) => {
                 // mkfs, if it still ran, is killed; what it made is not wanted.
-                forget(volume_id)?;
+                if let Err(left) = forget(volume_id) {
+                    warn!(control = "data-filesystem", "something is left of the image: {left:#}");
+                }
                 return Err(e);
             }
         }
