@@ -28,7 +28,7 @@ use nix::fcntl::{Flock, FlockArg};
 use rustix::fs::SeekFrom;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
-use tracing::info;
+use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::block::{self, Volumes};
@@ -438,7 +438,9 @@ pub async fn format(order: &Order, device: &DataDevice) -> Result<()> {
             Ok(((image, took), seen)) => (image, took, seen),
             Err(e) => {
                 // mkfs, if it still ran, is killed; what it made is not wanted.
-                forget(volumes)?;
+                if let Err(left) = forget(volumes) {
+                    warn!(control = "data-filesystem", "something is left of the image: {left:#}");
+                }
                 return Err(e);
             }
         }

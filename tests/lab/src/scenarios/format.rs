@@ -64,10 +64,10 @@ fn killed_at(stage: &mut Stage, path: &Path, bytes: u64) -> Result<()> {
 }
 
 pub(super) fn interrupted(stage: &mut Stage) -> Result<()> {
-    let volume = host::volume();
+    // So large that its filesystem takes four megabytes, which then take ten seconds.
+    let volume = Volume { size: 8, ..host::volume() };
     let path = stage.attach(&volume, host::DEVICE)?;
     stage.guest()?.until("test -b /dev/nvme0n1", Duration::from_secs(10))?;
-    // Four megabytes then take ten seconds.
     stage.vm()?.throttle_writes(&volume.serial(), 400_000)?;
     for megabytes in [0, 2, 3] {
         killed_at(stage, &path, (megabytes << 20) + 1)?;
@@ -129,7 +129,7 @@ fn noise(stage: &Stage, volume: &Volume) -> Result<PathBuf> {
 }
 
 pub(super) fn named_unrecognised(stage: &mut Stage) -> Result<()> {
-    let volume = host::volume();
+    let volume = Volume { size: 8, ..host::volume() };
     let path = noise(stage, &volume)?;
     stage.attach(&volume, host::DEVICE)?;
     refuses(stage, &path)?;
