@@ -9,6 +9,7 @@ pub mod identity;
 pub mod mounts;
 pub mod sshd;
 pub mod systemd;
+pub mod tree;
 pub mod uevents;
 
 use anyhow::Result;
