@@ -1,12 +1,15 @@
 //! All I/O with the machine. Functions here say what is, or change one thing; what it means is
 //! decided in the controls, and which change is made is decided in a plan.
 
+pub mod beneath;
 pub mod block;
 pub mod command;
 pub mod docker;
 pub mod files;
 pub mod identity;
+pub mod migration;
 pub mod mounts;
+pub mod processes;
 pub mod sshd;
 pub mod systemd;
 pub mod tree;

@@ -1,18 +1,31 @@
 //! How far a long piece of work is, for whoever watches it, and how it is told to stop.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Result, ensure};
 
 /// Shared by a thread that works and a task that watches.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Progress {
     stage: Mutex<String>,
     done: AtomicU64,
     total: AtomicU64,
     moves: AtomicU64,
-    cancelled: AtomicBool,
+    /// The last move that is wanted.
+    last: AtomicU64,
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self {
+            stage: Mutex::default(),
+            done: AtomicU64::new(0),
+            total: AtomicU64::new(0),
+            moves: AtomicU64::new(0),
+            last: AtomicU64::new(u64::MAX),
+        }
+    }
 }
 
 impl Progress {
@@ -26,8 +39,8 @@ impl Progress {
 
     /// Something moved. Fails when nobody wants the work any more.
     pub fn tick(&self) -> Result<()> {
-        self.moves.fetch_add(1, Ordering::Relaxed);
-        ensure!(!self.cancelled.load(Ordering::Relaxed), "it was given up meanwhile");
+        let before = self.moves.fetch_add(1, Ordering::Relaxed);
+        ensure!(before < self.last.load(Ordering::Relaxed), "it was given up meanwhile");
         Ok(())
     }
 
@@ -39,7 +52,12 @@ impl Progress {
 
     /// Makes the work end at its next move.
     pub fn cancel(&self) {
-        self.cancelled.store(true, Ordering::Relaxed);
+        self.cancel_after(0);
+    }
+
+    /// Makes the work end when it has made so many moves.
+    pub fn cancel_after(&self, moves: u64) {
+        self.last.store(moves, Ordering::Relaxed);
     }
 
     /// A number that changes as long as the work goes on.
