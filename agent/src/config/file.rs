@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::values::{DeviceName, KeyArn, MountPoint, Name, Port, Seconds};
-use super::{Config, DEFAULT_PATH, Filesystem, Tenancy};
+use super::{Config, DEFAULT_PATH, Filesystem, Migrate, Tenancy};
 
 /// One file's content: every key optional, an unknown key an error.
 #[derive(Debug, Default, Deserialize)]
@@ -20,6 +20,8 @@ struct File {
     instance: FileInstance,
     #[serde(deserialize_with = "section")]
     volume: FileVolume,
+    #[serde(deserialize_with = "section")]
+    docker: FileDocker,
     #[serde(deserialize_with = "section")]
     sshd: FileSshd,
     #[serde(deserialize_with = "section")]
@@ -69,6 +71,12 @@ struct FileVolume {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
+struct FileDocker {
+    migrate: Option<Migrate>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 struct FileSshd {
     port: Option<Port>,
 }
@@ -111,7 +119,7 @@ fn set<T>(target: &mut T, value: Option<T>) {
 
 impl Config {
     fn apply(&mut self, file: File) {
-        let File { instance, volume, sshd, signal, run } = file;
+        let File { instance, volume, docker, sshd, signal, run } = file;
         set(&mut self.instance.tenancy, instance.tenancy.map(|t| t.0));
         set(&mut self.volume.device, volume.device);
         set(&mut self.volume.mount_point, volume.mount_point);
@@ -121,6 +129,7 @@ impl Config {
             volume.kms_keys.map(|keys| keys.into_iter().map(|key| key.0).collect()),
         );
         set(&mut self.volume.wait_seconds, volume.wait_seconds);
+        set(&mut self.docker.migrate, docker.migrate);
         set(&mut self.sshd.port, sshd.port);
         let text = |name: Option<Name>| name.map(|n| Some(n.0));
         set(&mut self.signal.stack, text(signal.stack));
@@ -339,6 +348,7 @@ mod tests {
             ("[volume]\nfilesystem = \"ntfs\"\n", ":2: volume.filesystem: unknown variant `ntfs`"),
             ("[volume]\nkms_keys = [\n \"alias/x\"]\n", ":2: volume.kms_keys: must be the ARN"),
             ("[volume]\nwait_seconds = -1\n", ":2: volume.wait_seconds: -1 is out of range"),
+            ("[docker]\nmigrate = \"yes\"\n", ":2: docker.migrate: unknown variant `yes`"),
             ("[instance]\ntenancy = []\n", ":2: instance.tenancy: must name at least one"),
             ("[instance]\ntenancy = [\"default\"]\n", ":2: instance.tenancy: unknown variant"),
             ("[signal]\nstack = \"\"\n", ":2: signal.stack: must not be empty"),

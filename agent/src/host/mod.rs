@@ -15,10 +15,17 @@ pub mod systemd;
 pub mod tree;
 pub mod uevents;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use tokio::sync::OnceCell;
 
 use systemd::Systemd;
+
+/// Looks at something that may take long, in a thread of its own: whoever waits can give up.
+pub async fn blocking<T: Send + 'static>(
+    look: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(look).await.context("a look ended without a result")?
+}
 
 /// The machine that hostagent runs on. Holds what is expensive to open; everything else is read
 /// afresh each time.
