@@ -21,8 +21,8 @@ use tracing::info;
 use crate::aws::cache::{self, Confirmation};
 use crate::config::{Config, Filesystem};
 use crate::control::Context;
-use crate::host::block::{self, Content, VolumeId};
 use crate::gate::{self, NOT_ON_DISK};
+use crate::host::block::{self, Content, VolumeId};
 use crate::host::migration::{self, Place};
 use crate::host::tree::Progress;
 use crate::host::uevents::Uevents;
@@ -401,7 +401,8 @@ async fn erase_migrated(cx: &Context, place: &Place) -> Result<()> {
     gate::check(&cx.config.volume).context("the gate is closed")?;
     let there = |path: &Path| -> Result<_> {
         use std::os::unix::fs::MetadataExt as _;
-        let meta = std::fs::metadata(path).with_context(|| format!("looking at {}", path.display()))?;
+        let meta =
+            std::fs::metadata(path).with_context(|| format!("looking at {}", path.display()))?;
         Ok((block::DevNum::of(meta.dev()), meta.ino()))
     };
     let (seen, target) = (there(&place.directory)?, there(&place.target)?);
@@ -436,16 +437,16 @@ async fn watched<T: Send + 'static>(
     let progress = Arc::new(Progress::default());
     let shared = Arc::clone(&progress);
     let mut thread = tokio::task::spawn_blocking(move || work(&shared));
-    let (mut moves, mut moved) = (0, Instant::now());
+    let (mut moves, mut since) = (0, Instant::now());
     loop {
         tokio::select! {
             result = &mut thread => return result.context("the work ended without a result")?,
             () = sleep(SAY_EVERY) => {}
         }
         if progress.moves() != moves {
-            (moves, moved) = (progress.moves(), Instant::now());
+            (moves, since) = (progress.moves(), Instant::now());
             info!(control, "{}", progress.text());
-        } else if moved.elapsed() > STALLED {
+        } else if since.elapsed() > STALLED {
             progress.cancel();
             bail!("{}: no progress for {} s", progress.text(), STALLED.as_secs());
         }

@@ -69,11 +69,7 @@ impl Control for BootOrder {
         }
         let gate = gate::check(&cx.config.volume);
         let data = if gate.is_ok() { Ok(None) } else { data_on_the_root_disk() };
-        Facts {
-            units,
-            gate: Fact::new("hostagent gate", gate),
-            data: Fact::new("/var/lib", data),
-        }
+        Facts { units, gate: Fact::new("hostagent gate", gate), data: Fact::new("/var/lib", data) }
     }
 
     fn judge(&self, config: &Config, facts: &Facts) -> Result<Verdict, Unknown> {
@@ -122,13 +118,14 @@ impl Control for BootOrder {
                        drop-ins of the package wait for them";
             return Ok(Verdict::NotApplicable { why: why.into() });
         }
-        let mut observed = format!("{} start behind the mounts and the gate", guarded.join(" and "));
+        let guarded = guarded.join(" and ");
+        let observed = format!("{guarded} start behind the mounts and the gate");
         if let Some(data) = left {
             // That the host is not ready is said by docker-storage.
-            observed += &format!(
-                "; what runs from before is left to docker-storage, because its data ({data}) has to \
-                 be moved"
-            );
+            return Ok(Verdict::pass(format!(
+                "{observed}; what runs from before is left to docker-storage, because its data \
+                 ({data}) has to be moved"
+            )));
         }
         Ok(Verdict::pass(observed))
     }

@@ -128,7 +128,7 @@ impl Control for DataMount {
         if unit.active_state != "active" {
             return Err(Unknown(format!("it is mounted, but systemd says {}", unit.active_state)));
         }
-        if let Some(observed) = hides(config, facts.hidden.known()?) {
+        if let Some(observed) = hides(config, facts.hidden.known()?.as_ref()) {
             let remedy = format!(
                 "look at it with `mount --bind / /mnt` in /mnt{mount_point}, move it away or remove \
                  it, and `umount /mnt`"
@@ -198,7 +198,9 @@ impl Control for DataMount {
             let unit = unit_name(mount_point.path(), "mount");
             steps.push(Step::MountVolume { unit, link, volume_id });
         }
-        if let (true, Some(observed)) = (steps.is_empty(), hides(config, facts.hidden.known()?)) {
+        if let (true, Some(observed)) =
+            (steps.is_empty(), hides(config, facts.hidden.known()?.as_ref()))
+        {
             return Ok(Plan::refuse(format!("{observed}; hostagent removes nobody's data")));
         }
         Ok(Plan::steps(steps))
@@ -206,8 +208,8 @@ impl Control for DataMount {
 }
 
 /// What the mount hides, if it hides anything.
-fn hides(config: &Config, hidden: &Option<Hidden>) -> Option<String> {
-    let Hidden { path, usage } = hidden.as_ref()?;
+fn hides(config: &Config, hidden: Option<&Hidden>) -> Option<String> {
+    let Hidden { path, usage } = hidden?;
     let (place, size, inodes) = (&config.volume.mount_point, human(usage.bytes), usage.inodes);
     Some(format!(
         "beneath the mount on {place} the root disk holds data: {path} and more, {size} in {inodes} \
@@ -416,7 +418,11 @@ mod tests {
         let usage = crate::host::tree::Usage { bytes: 4096, inodes: 2 };
         let hidden = Hidden { path: "/data/records".into(), usage };
         let facts = Facts { hidden: Fact::new("t", Ok(Some(hidden))), ..mounted() };
-        assert!(judge(&facts).contains("/data/records and more, 4.0 KiB in 2"), "{}", judge(&facts));
+        assert!(
+            judge(&facts).contains("/data/records and more, 4.0 KiB in 2"),
+            "{}",
+            judge(&facts)
+        );
         let plan = DataMount.plan(&Config::default(), &facts);
         assert!(matches!(plan, Ok(Plan::Refuse { .. })), "{plan:?}");
     }

@@ -164,7 +164,8 @@ impl Control for DockerStorage {
         }
         for directory in &facts.directories {
             if let Some((observed, remedy)) = directory.left_behind()? {
-                let expected = format!("nothing of Docker's data on the root disk, all on {volume}");
+                let expected =
+                    format!("nothing of Docker's data on the root disk, all on {volume}");
                 return Ok(Verdict::fail(expected, observed, remedy));
             }
         }
@@ -213,7 +214,8 @@ impl Control for DockerStorage {
                 return Ok(Plan::refuse(why));
             }
             let mounted = directory.wrong_mount(disk.number)?.is_none();
-            let is_moved = moves.moved.iter().any(|place| place.directory == Path::new(directory.path));
+            let is_moved =
+                moves.moved.iter().any(|place| place.directory == Path::new(directory.path));
             if !mounted {
                 if !is_moved {
                     prepare.push(Step::MakeDirectory {
@@ -228,7 +230,7 @@ impl Control for DockerStorage {
             reload |= unit.need_daemon_reload;
             let content = directory.unit_content(config);
             let is_written = directory.unit_file.known()?.as_ref() == Some(&content);
-            if !is_written || moves.removes(directory)? {
+            if !is_written || moves.removes(directory) {
                 let path = unit_path(&unit_name(Path::new(directory.path), "mount"));
                 prepare.push(Step::WriteFile { path, content, mode: 0o644 });
                 // A unit that was not there is read when it is started.
@@ -290,7 +292,9 @@ impl Control for DockerStorage {
         if steps.is_empty() {
             for directory in &facts.directories {
                 if let Some((observed, _)) = directory.left_behind()? {
-                    return Ok(Plan::refuse(format!("{observed}; hostagent removes nobody's data")));
+                    return Ok(Plan::refuse(format!(
+                        "{observed}; hostagent removes nobody's data"
+                    )));
                 }
             }
         }
@@ -351,10 +355,8 @@ async fn before_moving(
     let containers = if moved { processes::containers() } else { Ok(Vec::new()) };
     let space = match disk.map(|disk| mounted_device(cx, disk)) {
         Ok(Ok(Some(device))) if !copied.is_empty() => {
-            blocking(move || {
-                migration::space(&copied.iter().collect::<Vec<_>>(), device).map(Some)
-            })
-            .await
+            blocking(move || migration::space(&copied.iter().collect::<Vec<_>>(), device).map(Some))
+                .await
         }
         Ok(Err(e)) => Err(e),
         _ => Ok(None),
@@ -392,8 +394,8 @@ struct Moves {
 }
 
 impl Moves {
-    fn removes(&self, directory: &Directory) -> Result<bool, Unknown> {
-        Ok(self.units.contains(&unit_path(&unit_name(Path::new(directory.path), "mount"))))
+    fn removes(&self, directory: &Directory) -> bool {
+        self.units.contains(&unit_path(&unit_name(Path::new(directory.path), "mount")))
     }
 
     fn steps(&self, facts: &Facts) -> Result<Vec<Step>, Unknown> {
@@ -404,7 +406,7 @@ impl Moves {
         steps.extend(self.units.iter().map(|path| Step::RemoveFile { path: path.clone() }));
         let mut loaded = false;
         for directory in &facts.directories {
-            loaded |= self.removes(directory)? && directory.unit.known()?.exists();
+            loaded |= self.removes(directory) && directory.unit.known()?.exists();
         }
         if loaded {
             steps.push(Step::ReloadManager);
@@ -501,14 +503,19 @@ impl Directory {
         }
         if let Some(left) = &found.left {
             return Ok(Some((
-                format!("the old copy of {path} is still on the root disk: {}", left.path.display()),
+                format!(
+                    "the old copy of {path} is still on the root disk: {}",
+                    left.path.display()
+                ),
                 "run `hostagent provision`, which overwrites and removes it".to_owned(),
             )));
         }
         Ok(found.others.first().map(|other| {
             (
-                format!("an old copy of {path} is on the root disk, of which another volume has the \
-                         new one: {other}"),
+                format!(
+                    "an old copy of {path} is on the root disk, of which another volume has the \
+                         new one: {other}"
+                ),
                 "if that volume has all that is needed, overwrite and remove it".to_owned(),
             )
         }))
@@ -969,7 +976,8 @@ mod tests {
         let first = "/var/lib/docker/volumes/v";
         facts.directories[0].data = Fact::new("t", Ok(found(Storage::Used(first.into()))));
         let usage = Usage { bytes: 3 << 20, inodes: 7 };
-        facts.directories[0].hidden = Fact::new("t", Ok(Some(Hidden { path: first.into(), usage })));
+        facts.directories[0].hidden =
+            Fact::new("t", Ok(Some(Hidden { path: first.into(), usage })));
         assert_eq!(
             judge(&facts),
             "fail: beneath the mount on /var/lib/docker the root disk holds data: \

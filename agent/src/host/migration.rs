@@ -46,10 +46,10 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
+use super::beneath;
 use super::block::{DevNum, VolumeId};
 use super::docker::{self, Storage};
 use super::tree::{self, MARK, Progress, Usage, human};
-use super::beneath;
 
 /// How the name of an old copy begins.
 const LEFT: &str = ".hostagent-migrated-";
@@ -154,7 +154,9 @@ impl Place {
         }
         match &found.new {
             None | Some(Storage::Absent | Storage::Unused) => Next::Copy,
-            Some(Storage::Used(_)) if found.old_mark.is_some() && found.old_mark == found.new_mark => {
+            Some(Storage::Used(_))
+                if found.old_mark.is_some() && found.old_mark == found.new_mark =>
+            {
                 Next::Finish
             }
             Some(Storage::Used(what)) => Next::Refuse(format!(

@@ -221,7 +221,8 @@ fn use_by(
     place: Option<&InFilesystem>,
     namespaces: &mut BTreeSet<PathBuf>,
 ) -> Result<Option<String>> {
-    for (link, word) in [("cwd", "its working directory"), ("root", "its root"), ("exe", "its program")]
+    for (link, word) in
+        [("cwd", "its working directory"), ("root", "its root"), ("exe", "its program")]
     {
         let target = gone(fs::read_link(format!("/proc/{pid}/{link}")), pid)?;
         if let Some(target) = target.filter(|target| target.starts_with(dir)) {
@@ -322,7 +323,10 @@ mod tests {
             ("1 2 0:50 / /var/lib/docker2 rw - overlay overlay rw", false),
             ("1 2 254:0 /@/var/lib/docker/volumes/v/_data /records rw - ext4 /dev/vda rw", true),
             ("1 2 254:1 /@/var/lib/docker/volumes/v/_data /records rw - ext4 /dev/vdb rw", false),
-            ("1 2 0:51 / / rw - overlay overlay rw,upperdir=/var/lib/docker/overlay2/ab/diff", true),
+            (
+                "1 2 0:51 / / rw - overlay overlay rw,upperdir=/var/lib/docker/overlay2/ab/diff",
+                true,
+            ),
             ("nonsense", false),
         ];
         for (line, is) in table {

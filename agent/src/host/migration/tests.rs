@@ -51,10 +51,6 @@ impl World {
         erase(&self.place, self.device, &Progress::default())
     }
 
-    fn mark(&self, path: &Path, mark: &str) {
-        set_mark(&File::open(path).unwrap().into(), mark).unwrap();
-    }
-
     /// Expects what is left when all is done: the data on the volume, nothing else anywhere.
     fn expect_done(&self) {
         assert_eq!(self.next(), Next::Nothing);
@@ -73,10 +69,15 @@ impl World {
     }
 }
 
+fn put_mark(path: &Path, mark: &str) {
+    set_mark(&File::open(path).unwrap().into(), mark).unwrap();
+}
+
 fn fill(directory: &Path) {
     fs::create_dir_all(directory.join("volumes/records/_data")).unwrap();
     for i in 0..5 {
-        fs::write(directory.join(format!("volumes/records/_data/{i}")), format!("record {i}")).unwrap();
+        fs::write(directory.join(format!("volumes/records/_data/{i}")), format!("record {i}"))
+            .unwrap();
     }
     fs::create_dir(directory.join("overlay2")).unwrap();
     fs::hard_link(directory.join("volumes/records/_data/1"), directory.join("overlay2/1")).unwrap();
@@ -142,8 +143,8 @@ fn an_unfinished_copy_is_made_anew() {
     assert!(world.look().incoming);
     assert_eq!(world.next(), Next::Copy);
     // Compared and marked, but not renamed: no different.
-    world.mark(&world.place.directory, "m");
-    world.mark(&world.place.incoming(), "m");
+    put_mark(&world.place.directory, "m");
+    put_mark(&world.place.incoming(), "m");
     assert_eq!(world.next(), Next::Copy);
     world.run().unwrap();
     world.expect_done();
@@ -221,7 +222,7 @@ fn what_is_not_proven_a_copy_is_never_erased() {
         // The volume was made anew.
         |w| fs::remove_dir_all(&w.place.target).unwrap(),
         // It holds another copy.
-        |w| w.mark(&w.place.target, "another"),
+        |w| put_mark(&w.place.target, "another"),
         // Somebody made the directory by hand.
         |w| {
             fs::remove_dir_all(&w.place.target).unwrap();
@@ -250,8 +251,8 @@ fn data_on_both_sides_is_neither_merged_nor_overwritten() {
         fs::create_dir_all(world.place.target.join("volumes/v")).unwrap();
         fs::write(world.place.target.join("volumes/v/f"), "theirs").unwrap();
         if mark {
-            world.mark(&world.place.target, "theirs");
-            world.mark(&world.place.directory, "ours");
+            put_mark(&world.place.target, "theirs");
+            put_mark(&world.place.directory, "ours");
         }
         let Next::Refuse(why) = world.next() else { panic!() };
         assert!(why.contains("/lib/docker") && why.contains("/data/docker"), "{why}");
@@ -263,8 +264,8 @@ fn data_on_both_sides_is_neither_merged_nor_overwritten() {
     let world = World::new();
     fs::create_dir_all(world.place.target.join("volumes/v")).unwrap();
     fs::write(world.place.target.join("volumes/v/f"), "theirs").unwrap();
-    world.mark(&world.place.target, "m");
-    world.mark(&world.place.directory, "m");
+    put_mark(&world.place.target, "m");
+    put_mark(&world.place.directory, "m");
     assert_eq!(world.next(), Next::Finish);
     assert!(world.run().is_err());
     assert!(is_whole(&world.place.directory));
@@ -360,7 +361,8 @@ fn old_copies_of_other_volumes_are_named() {
     let world = World::new();
     let other = world.place.directory.with_file_name(".hostagent-migrated-docker-vol-0ffffffff");
     fs::create_dir(&other).unwrap();
-    fs::create_dir(world.place.directory.with_file_name(".hostagent-migrated-containerd-x")).unwrap();
+    fs::create_dir(world.place.directory.with_file_name(".hostagent-migrated-containerd-x"))
+        .unwrap();
     let found = world.look();
     assert_eq!(found.others, [other.display().to_string()]);
     assert_eq!(found.left, None);

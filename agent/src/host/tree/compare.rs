@@ -104,7 +104,7 @@ pub fn compare(
             }
         }
     }
-    comparing.finish()
+    Ok(comparing.finish())
 }
 
 struct Level {
@@ -244,9 +244,7 @@ impl Comparing<'_> {
         let (data, stretches) = data(here, size)?;
         let copied = self::data(there, size)?.0;
         if copied > data + stretches * GRAIN {
-            return Ok(Some(format!(
-                "it holds {data} bytes beside holes, and the copy {copied}"
-            )));
+            return Ok(Some(format!("it holds {data} bytes beside holes, and the copy {copied}")));
         }
         let mut at = 0;
         // Where one has data, both are read: a hole reads as zeros.
@@ -273,19 +271,19 @@ impl Comparing<'_> {
     }
 
     /// Of the copy every link must be in the tree. Of the source one may be outside.
-    fn finish(self) -> Result<Result<Alike, Difference>> {
+    fn finish(self) -> Result<Alike, Difference> {
         let mut alike = Alike::default();
         for links in self.links.into_values() {
             if links.met != links.there {
                 let (met, there) = (links.met, links.there);
                 let what = format!("it has {met} links here, and its copy has {there}");
-                return Ok(Err(Difference { path: links.first, what }));
+                return Err(Difference { path: links.first, what });
             }
             if links.met < links.here {
                 alike.linked_outside = Some(node::shown(&links.first));
             }
         }
-        Ok(Ok(alike))
+        Ok(alike)
     }
 }
 

@@ -39,7 +39,9 @@ pub(super) fn shown(path: &[u8]) -> String {
         return ".".to_owned();
     }
     let text = String::from_utf8_lossy(path);
-    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+    text.chars()
+        .flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] })
+        .collect()
 }
 
 /// Something of a tree, as far as its attributes are concerned.
@@ -206,16 +208,12 @@ impl Meta {
         differs("type", format!("{:?}", self.kind), format!("{:?}", copy.kind))
             .or_else(|| differs("owner", self.uid.to_string(), copy.uid.to_string()))
             .or_else(|| differs("group", self.gid.to_string(), copy.gid.to_string()))
-            .or_else(|| {
-                differs("mode", format!("{:04o}", self.mode), format!("{:04o}", copy.mode))
-            })
+            .or_else(|| differs("mode", format!("{:04o}", self.mode), format!("{:04o}", copy.mode)))
             .or_else(|| {
                 let time = |(seconds, nanoseconds)| format!("{seconds}.{nanoseconds:09}");
                 differs("time of modification", time(self.modified), time(copy.modified))
             })
-            .or_else(|| {
-                differs("device number", self.device.to_string(), copy.device.to_string())
-            })
+            .or_else(|| differs("device number", self.device.to_string(), copy.device.to_string()))
             .or_else(|| {
                 let names = self.xattrs.keys().chain(copy.xattrs.keys());
                 let mut unlike =

@@ -16,8 +16,7 @@ use rustix::fs::{CWD, FileType, IFlags, Mode, Timespec, Timestamps, XattrFlags};
 use super::*;
 
 /// Two capabilities in the form of `security.capability` (capability.h, VFS_CAP_REVISION_2).
-const CAPABILITY: [u8; 20] =
-    [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
 /// An ACL that lets user 1000 read and write (posix_acl_xattr.h), with a mask.
 const ACL: [u8; 44] = [
@@ -131,7 +130,8 @@ fn manifest(top: &Path) -> BTreeMap<PathBuf, String> {
         } else {
             IFlags::empty()
         };
-        let of = (meta.mode(), meta.uid(), meta.gid(), meta.mtime(), meta.mtime_nsec(), meta.rdev());
+        let of =
+            (meta.mode(), meta.uid(), meta.gid(), meta.mtime(), meta.mtime_nsec(), meta.rdev());
         all.insert(relative, format!("{of:?} {links} {first:?} {xattrs:?} {flags:?} {content}"));
         if meta.is_dir() {
             let mut entries: Vec<_> =
@@ -225,108 +225,110 @@ fn everything_is_kept() {
 
 type Change = fn(&Path);
 
+/// Where a copy is changed, what has to be said of it, and the change.
+const CHANGES: [(&str, &str, Change); 32] = [
+    ("file", "content differs", |b| fs::write(b.join("file"), "Content").unwrap()),
+    ("file", "bytes", |b| fs::write(b.join("file"), "contents").unwrap()),
+    ("overlay2/ab/diff/etc/passwd", "differs from byte 2999999", |b| {
+        let mut data = vec![7; 3_000_000];
+        data[2_999_999] = 8;
+        fs::write(b.join("overlay2/ab/diff/etc/passwd"), data).unwrap();
+    }),
+    ("sparse", "differs", |b| {
+        let mut file = fs::File::options().write(true).open(b.join("sparse")).unwrap();
+        file.seek(SeekFrom::Start(40 << 20)).unwrap();
+        file.write_all(b"x").unwrap();
+    }),
+    ("sparse", "beside holes", |b| {
+        let mut file = fs::File::options().write(true).open(b.join("sparse")).unwrap();
+        file.seek(SeekFrom::Start(40 << 20)).unwrap();
+        file.write_all(&vec![0; 1 << 20]).unwrap();
+    }),
+    ("setuid", "mode is 6755", |b| {
+        fs::set_permissions(b.join("setuid"), fs::Permissions::from_mode(0o4755)).unwrap();
+    }),
+    ("setuid", "owner", |b| {
+        chown(&b.join("setuid"), 13, 34);
+        fs::set_permissions(b.join("setuid"), fs::Permissions::from_mode(0o6755)).unwrap();
+    }),
+    ("setuid", "group", |b| {
+        chown(&b.join("setuid"), 12, 35);
+        fs::set_permissions(b.join("setuid"), fs::Permissions::from_mode(0o6755)).unwrap();
+    }),
+    ("outside", "owner", |b| chown(&b.join("outside"), 6, 6)),
+    ("outside", "leads to", |b| {
+        fs::remove_file(b.join("outside")).unwrap();
+        symlink("/etc/shadow", b.join("outside")).unwrap();
+        set_xattr(&b.join("outside"), "trusted.t", b"on a link");
+        chown(&b.join("outside"), 5, 6);
+        set_times(&b.join("outside"), 4_000_000_000, 1);
+    }),
+    ("outside", "time of modification", |b| set_times(&b.join("outside"), 4_000_000_000, 2)),
+    ("outside", "trusted.t", |b| set_xattr(&b.join("outside"), "trusted.t", b"else")),
+    ("file", "time of modification", |b| set_times(&b.join("file"), -5, 999_999_998)),
+    ("overlay2/ab", "time of modification", |b| set_times(&b.join("overlay2/ab"), 2, 2)),
+    ("file", "user.note", |b| set_xattr(&b.join("file"), "user.note", b"a")),
+    ("none", "user.more", |b| set_xattr(&b.join("none"), "user.more", b"")),
+    ("capable", "security.capability", |b| {
+        rustix::fs::removexattr(b.join("capable"), "security.capability").unwrap();
+    }),
+    ("acl", "posix_acl_access", |b| {
+        rustix::fs::removexattr(b.join("acl"), "system.posix_acl_access").unwrap();
+        fs::set_permissions(b.join("acl"), fs::Permissions::from_mode(0o660)).unwrap();
+    }),
+    ("empty", "posix_acl_default", |b| {
+        rustix::fs::removexattr(b.join("empty"), "system.posix_acl_default").unwrap();
+    }),
+    ("overlay2/ab/diff/etc", "opaque", |b| {
+        set_xattr(&b.join("overlay2/ab/diff/etc"), "trusted.overlay.opaque", b"x");
+    }),
+    ("overlay2/ab/diff/gone", "missing", |b| {
+        fs::remove_file(b.join("overlay2/ab/diff/gone")).unwrap();
+    }),
+    ("overlay2/ab/diff/gone", "device number", |b| {
+        fs::remove_file(b.join("overlay2/ab/diff/gone")).unwrap();
+        make_node(&b.join("overlay2/ab/diff/gone"), FileType::CharacterDevice, 5);
+        copy_times("overlay2/ab/diff/gone", b);
+    }),
+    ("overlay2/backing", "type", |b| {
+        fs::remove_file(b.join("overlay2/backing")).unwrap();
+        let device = rustix::fs::makedev(254, 3);
+        make_node(&b.join("overlay2/backing"), FileType::CharacterDevice, device);
+    }),
+    ("fifo", "type", |b| {
+        fs::remove_file(b.join("fifo")).unwrap();
+        make_node(&b.join("fifo"), FileType::Socket, 0);
+    }),
+    ("none", "type", |b| {
+        fs::remove_file(b.join("none")).unwrap();
+        fs::create_dir(b.join("none")).unwrap();
+    }),
+    ("socket", "missing", |b| fs::remove_file(b.join("socket")).unwrap()),
+    ("empty", "missing", |b| fs::remove_dir(b.join("empty")).unwrap()),
+    ("overlay2/more", "copy only", |b| fs::write(b.join("overlay2/more"), "x").unwrap()),
+    ("none", "linked with the copy of another", |b| {
+        fs::remove_file(b.join("none")).unwrap();
+        fs::hard_link(b.join("file"), b.join("none")).unwrap();
+        copy_times("file", b);
+    }),
+    ("overlay2/ab/linked", "linked with", |b| {
+        fs::remove_file(b.join("overlay2/ab/linked")).unwrap();
+        fs::write(b.join("overlay2/ab/linked"), "content").unwrap();
+        set_xattr(&b.join("overlay2/ab/linked"), "user.note", b"a\0b");
+        set_times(&b.join("overlay2/ab/linked"), -5, 999_999_999);
+    }),
+    ("immutable", "chattr", |b| set_flags(&b.join("immutable"), IFlags::empty())),
+    ("", "mode is 0710", |b| {
+        fs::set_permissions(b, fs::Permissions::from_mode(0o711)).unwrap();
+    }),
+];
+
 #[test]
 fn every_difference_is_seen_where_it_is() {
     if not_root() {
         return;
     }
-    let table: [(&str, &str, Change); 32] = [
-        ("file", "content differs", |b| fs::write(b.join("file"), "Content").unwrap()),
-        ("file", "bytes", |b| fs::write(b.join("file"), "contents").unwrap()),
-        ("overlay2/ab/diff/etc/passwd", "differs from byte 2999999", |b| {
-            let mut data = vec![7; 3_000_000];
-            data[2_999_999] = 8;
-            fs::write(b.join("overlay2/ab/diff/etc/passwd"), data).unwrap();
-        }),
-        ("sparse", "differs", |b| {
-            let mut file = fs::File::options().write(true).open(b.join("sparse")).unwrap();
-            file.seek(SeekFrom::Start(40 << 20)).unwrap();
-            file.write_all(b"x").unwrap();
-        }),
-        ("sparse", "beside holes", |b| {
-            let mut file = fs::File::options().write(true).open(b.join("sparse")).unwrap();
-            file.seek(SeekFrom::Start(40 << 20)).unwrap();
-            file.write_all(&vec![0; 1 << 20]).unwrap();
-        }),
-        ("setuid", "mode is 6755", |b| {
-            fs::set_permissions(b.join("setuid"), fs::Permissions::from_mode(0o4755)).unwrap();
-        }),
-        ("setuid", "owner", |b| {
-            chown(&b.join("setuid"), 13, 34);
-            fs::set_permissions(b.join("setuid"), fs::Permissions::from_mode(0o6755)).unwrap();
-        }),
-        ("setuid", "group", |b| {
-            chown(&b.join("setuid"), 12, 35);
-            fs::set_permissions(b.join("setuid"), fs::Permissions::from_mode(0o6755)).unwrap();
-        }),
-        ("outside", "owner", |b| chown(&b.join("outside"), 6, 6)),
-        ("outside", "leads to", |b| {
-            fs::remove_file(b.join("outside")).unwrap();
-            symlink("/etc/shadow", b.join("outside")).unwrap();
-            set_xattr(&b.join("outside"), "trusted.t", b"on a link");
-            chown(&b.join("outside"), 5, 6);
-            set_times(&b.join("outside"), 4_000_000_000, 1);
-        }),
-        ("outside", "time of modification", |b| set_times(&b.join("outside"), 4_000_000_000, 2)),
-        ("outside", "trusted.t", |b| set_xattr(&b.join("outside"), "trusted.t", b"else")),
-        ("file", "time of modification", |b| set_times(&b.join("file"), -5, 999_999_998)),
-        ("overlay2/ab", "time of modification", |b| set_times(&b.join("overlay2/ab"), 2, 2)),
-        ("file", "user.note", |b| set_xattr(&b.join("file"), "user.note", b"a")),
-        ("none", "user.more", |b| set_xattr(&b.join("none"), "user.more", b"")),
-        ("capable", "security.capability", |b| {
-            rustix::fs::removexattr(b.join("capable"), "security.capability").unwrap();
-        }),
-        ("acl", "posix_acl_access", |b| {
-            rustix::fs::removexattr(b.join("acl"), "system.posix_acl_access").unwrap();
-            fs::set_permissions(b.join("acl"), fs::Permissions::from_mode(0o660)).unwrap();
-        }),
-        ("empty", "posix_acl_default", |b| {
-            rustix::fs::removexattr(b.join("empty"), "system.posix_acl_default").unwrap();
-        }),
-        ("overlay2/ab/diff/etc", "opaque", |b| {
-            set_xattr(&b.join("overlay2/ab/diff/etc"), "trusted.overlay.opaque", b"x");
-        }),
-        ("overlay2/ab/diff/gone", "missing", |b| {
-            fs::remove_file(b.join("overlay2/ab/diff/gone")).unwrap();
-        }),
-        ("overlay2/ab/diff/gone", "device number", |b| {
-            fs::remove_file(b.join("overlay2/ab/diff/gone")).unwrap();
-            make_node(&b.join("overlay2/ab/diff/gone"), FileType::CharacterDevice, 5);
-            copy_times("overlay2/ab/diff/gone", b);
-        }),
-        ("overlay2/backing", "type", |b| {
-            fs::remove_file(b.join("overlay2/backing")).unwrap();
-            let device = rustix::fs::makedev(254, 3);
-            make_node(&b.join("overlay2/backing"), FileType::CharacterDevice, device);
-        }),
-        ("fifo", "type", |b| {
-            fs::remove_file(b.join("fifo")).unwrap();
-            make_node(&b.join("fifo"), FileType::Socket, 0);
-        }),
-        ("none", "type", |b| {
-            fs::remove_file(b.join("none")).unwrap();
-            fs::create_dir(b.join("none")).unwrap();
-        }),
-        ("socket", "missing", |b| fs::remove_file(b.join("socket")).unwrap()),
-        ("empty", "missing", |b| fs::remove_dir(b.join("empty")).unwrap()),
-        ("overlay2/more", "copy only", |b| fs::write(b.join("overlay2/more"), "x").unwrap()),
-        ("none", "linked with the copy of another", |b| {
-            fs::remove_file(b.join("none")).unwrap();
-            fs::hard_link(b.join("file"), b.join("none")).unwrap();
-            copy_times("file", b);
-        }),
-        ("overlay2/ab/linked", "linked with", |b| {
-            fs::remove_file(b.join("overlay2/ab/linked")).unwrap();
-            fs::write(b.join("overlay2/ab/linked"), "content").unwrap();
-            set_xattr(&b.join("overlay2/ab/linked"), "user.note", b"a\0b");
-            set_times(&b.join("overlay2/ab/linked"), -5, 999_999_999);
-        }),
-        ("immutable", "chattr", |b| set_flags(&b.join("immutable"), IFlags::empty())),
-        ("", "mode is 0710", |b| {
-            fs::set_permissions(b, fs::Permissions::from_mode(0o711)).unwrap();
-        }),
-    ];
-    for (path, what, change) in table {
+    for (path, what, change) in CHANGES {
         let dir = place();
         everything(&dir.path().join("a"));
         let b = copied(dir.path());
@@ -400,7 +402,10 @@ fn nothing_crosses_a_mount() {
         return;
     };
     let name = CString::new(mount.mount_point.trim_start_matches("/dev/")).unwrap();
-    assert_eq!(open_dir(open(Path::new("/dev")).as_fd(), &name).err(), Some(rustix::io::Errno::XDEV));
+    assert_eq!(
+        open_dir(open(Path::new("/dev")).as_fd(), &name).err(),
+        Some(rustix::io::Errno::XDEV)
+    );
 }
 
 #[test]
