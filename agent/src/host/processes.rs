@@ -192,9 +192,24 @@ fn gone<T>(result: std::io::Result<T>, pid: i32) -> Result<Option<T>> {
 }
 
 /// Who uses something at or below a directory, other than this process: by an open file, a working
-/// directory, a root, a program, mapped memory, or a mount in any namespace.
+/// directory, a root, a program, mapped memory, or a mount in any namespace; and what the kernel itself
+/// uses there, for swap or as a loop device.
 pub fn users_of(dir: &Path) -> Result<Vec<String>> {
-    users_among(&pids()?, dir)
+    let mut found = users_among(&pids()?, dir)?;
+    let inside = |path: &str| Path::new(path.trim_end()).starts_with(dir);
+    let swaps = fs::read_to_string("/proc/swaps").context("reading /proc/swaps")?;
+    let files = swaps.lines().filter_map(|line| line.split_whitespace().next());
+    found.extend(files.filter(|file| inside(file)).map(|file| format!("{file} is used for swap")));
+    for disk in fs::read_dir("/sys/block").context("listing /sys/block")? {
+        let disk = disk.context("listing /sys/block")?;
+        // Only a loop device that is in use has one.
+        let Ok(file) = fs::read_to_string(disk.path().join("loop/backing_file")) else { continue };
+        if inside(&file) {
+            let name = disk.file_name();
+            found.push(format!("{} is the disk {}", file.trim_end(), name.to_string_lossy()));
+        }
+    }
+    Ok(found)
 }
 
 fn users_among(pids: &[i32], dir: &Path) -> Result<Vec<String>> {
