@@ -29,6 +29,8 @@ pub struct Config {
     pub volume: Volume,
     /// The volume that the system is on.
     pub root: Root,
+    /// Docker and containerd.
+    pub docker: Docker,
     /// The SSH daemon.
     pub sshd: Sshd,
     /// Who is told whether the host became ready.
@@ -184,6 +186,26 @@ pub enum RootEncryption {
     Warn,
     /// The host can be ready.
     Allow,
+}
+
+/// `[docker]`
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct Docker {
+    /// When data that Docker has on the root disk is moved to the volume.
+    pub migrate: Migrate,
+}
+
+/// When data is moved to the volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Migrate {
+    /// While no container runs.
+    #[default]
+    Stopped,
+    /// At once; containers that run are stopped.
+    Running,
+    /// Never: Docker is stopped, and its data is left where it is.
+    Never,
 }
 
 /// `[sshd]`

@@ -41,7 +41,7 @@ struct Facts {
 }
 
 /// Filesystems that hold nothing of their own: what Docker mounts below its storage.
-const NOT_ON_DISK: [&str; 3] = ["overlay", "tmpfs", "nsfs"];
+pub const NOT_ON_DISK: [&str; 3] = ["overlay", "tmpfs", "nsfs"];
 
 /// Looks, and says in one sentence why Docker may start, or fails with why it may not.
 pub fn check(volume: &Volume) -> Result<String> {

@@ -6,21 +6,25 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::Serialize;
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tracing::info;
 
 use crate::aws::cache::{self, Confirmation};
 use crate::config::Filesystem;
 use crate::control::Context;
+use crate::gate::{self, NOT_ON_DISK};
 use crate::host::block::{self, Volumes};
 use crate::host::chain;
 use crate::host::format::{self, Onto, Order};
+use crate::host::migration::{self, Place};
+use crate::host::tree::Progress;
 use crate::host::uevents::Uevents;
-use crate::host::{files, growth, kernel, mounts, sshd, swap};
+use crate::host::{files, growth, kernel, mounts, processes, sshd, swap};
 use crate::volume::{self, State};
 
 /// One change to the host, or one wait for something that changes it.
@@ -131,6 +135,23 @@ pub enum Step {
     },
     /// Stop Docker and containerd, and what would start them again.
     StopDocker,
+    /// Stop containers that outlived Docker.
+    StopContainers,
+    /// Remove a file.
+    RemoveFile {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Move what a storage directory of Docker's holds to the data volume.
+    MigrateStorage {
+        /// From where to where.
+        place: Place,
+    },
+    /// Erase what was moved from the root disk.
+    EraseMigrated {
+        /// From where to where it was moved.
+        place: Place,
+    },
     /// Move sshd to a port, and away from all others.
     MoveSshd {
         /// The port.
@@ -189,6 +210,17 @@ impl fmt::Display for Step {
             Self::StopSwap { path, .. } => write!(f, "stop swapping to {path}"),
             Self::SetKernel { name, value } => write!(f, "set {name} to {value}"),
             Self::StopDocker => f.write_str("stop Docker and containerd"),
+            Self::StopContainers => f.write_str("stop the containers that outlive Docker"),
+            Self::RemoveFile { path } => write!(f, "remove {}", path.display()),
+            Self::MigrateStorage { place: Place { directory, target, volumes } } => write!(
+                f,
+                "move the data of {} to {} on {volumes}",
+                directory.display(),
+                target.display()
+            ),
+            Self::EraseMigrated { place } => {
+                write!(f, "overwrite and remove the old copy {}", place.left().display())
+            }
             Self::MoveSshd { port } => write!(f, "move sshd to port {port}"),
         }
     }
@@ -227,6 +259,10 @@ pub async fn apply(step: &Step, cx: &Context) -> Result<()> {
         Step::StopSwap { unit, path } => stop_swap(cx, unit, path).await,
         Step::SetKernel { name, value } => kernel::set(name, value),
         Step::StopDocker => stop_docker(cx).await,
+        Step::StopContainers => processes::stop_containers().await,
+        Step::RemoveFile { path } => files::remove(path),
+        Step::MigrateStorage { place } => migrate_storage(cx, place).await,
+        Step::EraseMigrated { place } => erase_migrated(cx, place).await,
         Step::MoveSshd { port } => sshd::move_port(cx.host.systemd().await?, *port).await,
     }
 }
@@ -338,6 +374,103 @@ async fn stop_swap(cx: &Context, unit: &str, path: &str) -> Result<()> {
         available >> 20
     );
     cx.host.systemd().await?.stop(unit, UNIT_DEADLINE).await
+}
+
+/// The step after which Docker's data is elsewhere. That nothing of Docker's runs, uses the directory
+/// or is mounted in it is proven here; the rest, on what is on the disks, where it is moved.
+async fn migrate_storage(cx: &Context, place: &Place) -> Result<()> {
+    let device = volume::find_again(cx, &place.volumes).await?.number();
+    let systemd = cx.host.systemd().await?;
+    for unit in DOCKER_UNITS {
+        ensure!(!systemd.unit(unit).await?.is_up(), "{unit} is up again");
+    }
+    let containers = processes::containers()?;
+    ensure!(containers.is_empty(), "containers run: {}", containers.join(", "));
+    let directory = &place.directory;
+    ensure!(mounts::at(directory)?.is_empty(), "something is mounted on {}", directory.display());
+    // What is left of containers; the last first. By systemd, so that every namespace sees it.
+    for mount in mounts::all()?.into_iter().rev() {
+        let point = Path::new(&mount.mount_point);
+        if !point.starts_with(directory) {
+            continue;
+        }
+        ensure!(
+            NOT_ON_DISK.contains(&mount.fs_type.as_str()),
+            "{} is mounted from the device {} inside of {}; unmount it, and see what mounts it",
+            mount.mount_point,
+            mount.device,
+            directory.display()
+        );
+        systemd.stop(&mounts::unit_name(point, "mount"), UNIT_DEADLINE).await?;
+    }
+    let place = place.clone();
+    watched("docker-storage", move |progress| {
+        let idle = || {
+            let users = processes::users_of(&place.directory)?;
+            ensure!(
+                users.is_empty(),
+                "{} is in use: {}",
+                place.directory.display(),
+                users.join("; ")
+            );
+            Ok(())
+        };
+        migration::migrate(&place, device, &idle, progress)
+    })
+    .await
+}
+
+/// The other step that destroys data: only what is proven to be on the confirmed volume, and in use.
+async fn erase_migrated(cx: &Context, place: &Place) -> Result<()> {
+    let device = volume::find_again(cx, &place.volumes).await?.number();
+    // Both directories are mounted from the volume that EC2 confirmed for this instance.
+    gate::check(&cx.config.volume).context("the gate is closed")?;
+    let there = |path: &Path| -> Result<_> {
+        use std::os::unix::fs::MetadataExt as _;
+        let meta =
+            std::fs::metadata(path).with_context(|| format!("looking at {}", path.display()))?;
+        Ok((block::DevNum::of(meta.dev()), meta.ino()))
+    };
+    let (seen, target) = (there(&place.directory)?, there(&place.target)?);
+    ensure!(
+        seen == target && seen.0 == device,
+        "{} is not what is seen at {}",
+        place.target.display(),
+        place.directory.display()
+    );
+    let place = place.clone();
+    watched("docker-storage", move |progress| migration::erase(&place, device, progress)).await
+}
+
+/// How long work of no known length may make no progress. A flush of all memory to a slow volume makes
+/// none either.
+const STALLED: Duration = Duration::from_secs(900);
+
+/// Between two lines about progress.
+const SAY_EVERY: Duration = Duration::from_secs(5);
+
+/// Does long work in a thread, says how far it is, and gives it up when it stands still.
+async fn watched<T: Send + 'static>(
+    control: &'static str,
+    work: impl FnOnce(&Progress) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let progress = Arc::new(Progress::default());
+    let shared = Arc::clone(&progress);
+    let mut thread = tokio::task::spawn_blocking(move || work(&shared));
+    let (mut moves, mut since) = (0, Instant::now());
+    loop {
+        tokio::select! {
+            result = &mut thread => return result.context("the work ended without a result")?,
+            () = sleep(SAY_EVERY) => {}
+        }
+        if progress.moves() != moves {
+            (moves, since) = (progress.moves(), Instant::now());
+            info!(control, "{}", progress.text());
+        } else if since.elapsed() > STALLED {
+            progress.cancel();
+            bail!("{}: no progress for {} s", progress.text(), STALLED.as_secs());
+        }
+    }
 }
 
 fn prepare_mount_point(path: &Path) -> Result<()> {

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use super::values::{
     AssembledDevice, DeviceName, KeyArn, MountPoint, Name, OneOrMore, Port, Seconds, Tag,
 };
-use super::{Config, DEFAULT_PATH, Filesystem, RootEncryption, Select, Tenancy, VolumeId};
+use super::{Config, DEFAULT_PATH, Filesystem, Migrate, RootEncryption, Select, Tenancy, VolumeId};
 
 /// One file's content: every key optional, an unknown key an error.
 #[derive(Debug, Default, Deserialize)]
@@ -24,6 +24,8 @@ struct File {
     volume: FileVolume,
     #[serde(deserialize_with = "section")]
     root: FileRoot,
+    #[serde(deserialize_with = "section")]
+    docker: FileDocker,
     #[serde(deserialize_with = "section")]
     sshd: FileSshd,
     #[serde(deserialize_with = "section")]
@@ -105,6 +107,12 @@ struct FileRoot {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
+struct FileDocker {
+    migrate: Option<Migrate>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 struct FileSshd {
     port: Option<Port>,
 }
@@ -147,7 +155,7 @@ fn set<T>(target: &mut T, value: Option<T>) {
 
 impl Config {
     fn apply(&mut self, file: File) {
-        let File { instance, volume, root, sshd, signal, run } = file;
+        let File { instance, volume, root, docker, sshd, signal, run } = file;
         set(&mut self.instance.tenancy, instance.tenancy.map(|t| t.0));
         // What a later file says of the choice replaces all of it.
         let select = (volume.device.map(|d| Select::Device(d.0)))
@@ -165,6 +173,7 @@ impl Config {
         );
         set(&mut self.volume.wait_seconds, volume.wait_seconds);
         set(&mut self.root.encryption, root.encryption);
+        set(&mut self.docker.migrate, docker.migrate);
         set(&mut self.sshd.port, sshd.port);
         let text = |name: Option<Name>| name.map(|n| Some(n.0));
         set(&mut self.signal.stack, text(signal.stack));
@@ -414,6 +423,7 @@ mod tests {
             ("[root]\nencryption = \"maybe\"\n", ":2: root.encryption: unknown variant `maybe`"),
             ("[volume]\nkms_keys = [\n \"alias/x\"]\n", ":2: volume.kms_keys: must be the ARN"),
             ("[volume]\nwait_seconds = -1\n", ":2: volume.wait_seconds: -1 is out of range"),
+            ("[docker]\nmigrate = \"yes\"\n", ":2: docker.migrate: unknown variant `yes`"),
             ("[instance]\ntenancy = []\n", ":2: instance.tenancy: must name at least one"),
             ("[instance]\ntenancy = [\"default\"]\n", ":2: instance.tenancy: unknown variant"),
             ("[signal]\nstack = \"\"\n", ":2: signal.stack: must not be empty"),

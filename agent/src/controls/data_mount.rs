@@ -9,11 +9,14 @@ use serde::Serialize;
 use super::unit_path;
 use crate::config::Config;
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
+use crate::host::beneath::{self, Hidden};
+use crate::host::blocking;
 use crate::host::chain;
 use crate::host::device::DataDevice;
 use crate::host::files::{self, Place};
 use crate::host::mounts::{self, Mount, unit_name};
 use crate::host::systemd::Unit;
+use crate::host::tree::human;
 use crate::step::Step;
 use crate::volume;
 
@@ -34,6 +37,8 @@ pub struct Facts {
     pub mounts: Fact<Vec<Mount>>,
     /// What is at the mount point while nothing is mounted there.
     pub place: Fact<Option<Place>>,
+    /// What the mount hides, if there is a mount.
+    pub hidden: Fact<Option<Hidden>>,
     /// The content of the mount unit's file.
     pub unit_file: Fact<Option<String>>,
     /// The content of the device's time-out file.
@@ -72,6 +77,13 @@ impl Control for DataMount {
             Ok(mounts) if mounts.is_empty() => files::place(mount_point).map(Some),
             _ => Ok(None),
         };
+        let hidden = match &mounts {
+            Ok(mounts) if !mounts.is_empty() => {
+                let path = mount_point.to_path_buf();
+                blocking(move || beneath::hidden(&path)).await
+            }
+            _ => Ok(None),
+        };
         let unit_file = unit_path(&unit_name(mount_point, "mount"));
         let timeout_file = match &link {
             Ok(Some(link)) => files::read_optional(&timeout_path(link)),
@@ -83,6 +95,7 @@ impl Control for DataMount {
             link: Fact::new("/dev/disk/by-id", link),
             mounts: Fact::new("/proc/self/mountinfo", mounts),
             place: Fact::new(mount_point.display().to_string(), place),
+            hidden: Fact::new(format!("beneath {}", mount_point.display()), hidden),
             unit_file: Fact::new(unit_file.display().to_string(), files::read_optional(&unit_file)),
             timeout_file: Fact::new("the device unit's drop-in", timeout_file),
             unit: Fact::new("systemd (D-Bus)", unit.await),
@@ -116,6 +129,14 @@ impl Control for DataMount {
         }
         if unit.active_state != "active" {
             return Err(Unknown(format!("it is mounted, but systemd says {}", unit.active_state)));
+        }
+        if let Some(observed) = hides(config, facts.hidden.known()?.as_ref()) {
+            let remedy = format!(
+                "look at it with `mount --bind / /mnt` in /mnt{mount_point}, move it away or remove \
+                 it, and `umount /mnt`"
+            );
+            let expected = format!("nothing on the root disk beneath the mount on {mount_point}");
+            return Ok(Verdict::fail(expected, observed, remedy));
         }
         Ok(Verdict::pass(format!("{} is mounted on {mount_point}", device.volumes)))
     }
@@ -176,8 +197,23 @@ impl Control for DataMount {
             let unit = unit_name(mount_point.path(), "mount");
             steps.push(Step::MountVolume { unit, link, volumes: device.volumes.clone() });
         }
+        if let (true, Some(observed)) =
+            (steps.is_empty(), hides(config, facts.hidden.known()?.as_ref()))
+        {
+            return Ok(Plan::refuse(format!("{observed}; hostagent removes nobody's data")));
+        }
         Ok(Plan::steps(steps))
     }
+}
+
+/// What the mount hides, if it hides anything.
+fn hides(config: &Config, hidden: Option<&Hidden>) -> Option<String> {
+    let Hidden { path, usage } = hidden?;
+    let (place, size, inodes) = (&config.volume.mount_point, human(usage.bytes), usage.inodes);
+    Some(format!(
+        "beneath the mount on {place} the root disk holds data: {path} and more, {size} in {inodes} \
+         files"
+    ))
 }
 
 /// What is wrong with what is mounted on the mount point, if anything is.
@@ -279,6 +315,7 @@ mod tests {
             link: Fact::new("t", Ok(Some(link))),
             mounts: Fact::new("t", Ok(vec![])),
             place: Fact::new("t", Ok(Some(Place::Absent))),
+            hidden: Fact::new("t", Ok(None)),
             unit_file: Fact::new("t", Ok(None)),
             timeout_file: Fact::new("t", Ok(None)),
             unit: Fact::new("t", Ok(Unit { load_state: "not-found".into(), ..Unit::default() })),
@@ -365,6 +402,20 @@ mod tests {
     }
 
     #[test]
+    fn what_is_hidden_fails_and_is_not_touched() {
+        let usage = crate::host::tree::Usage { bytes: 4096, inodes: 2 };
+        let hidden = Hidden { path: "/data/records".into(), usage };
+        let facts = Facts { hidden: Fact::new("t", Ok(Some(hidden))), ..mounted() };
+        assert!(
+            judge(&facts).contains("/data/records and more, 4.0 KiB in 2"),
+            "{}",
+            judge(&facts)
+        );
+        let plan = DataMount.plan(&Config::default(), &facts);
+        assert!(matches!(plan, Ok(Plan::Refuse { .. })), "{plan:?}");
+    }
+
+    #[test]
     fn a_mount_that_would_not_come_back_fails() {
         let changed = Facts { unit_file: Fact::new("t", Ok(Some("else".into()))), ..mounted() };
         assert!(judge(&changed).starts_with("fail"));
@@ -374,7 +425,8 @@ mod tests {
 
     #[test]
     fn an_unknown_fact_never_passes() {
-        let all: [fn(&mut Facts); 5] = [
+        let all: [fn(&mut Facts); 6] = [
+            |f| f.hidden = Fact::new("t", Err(anyhow!("x"))),
             |f| f.device = Fact::new("t", Err(anyhow!("x"))),
             |f| f.link = Fact::new("t", Err(anyhow!("x"))),
             |f| f.mounts = Fact::new("t", Err(anyhow!("x"))),

@@ -137,6 +137,15 @@ impl Volumes {
         &self.0
     }
 
+    /// What stands for them in the name of a file: the id, or the UUID that follows from several.
+    #[must_use]
+    pub fn key(&self) -> String {
+        match &self.0[..] {
+            [id] => id.to_string(),
+            _ => self.filesystem_uuid().to_string(),
+        }
+    }
+
     /// The UUID of the filesystem that hostagent makes on them, see [`VolumeId::filesystem_uuid`].
     #[must_use]
     pub fn filesystem_uuid(&self) -> uuid::Uuid {

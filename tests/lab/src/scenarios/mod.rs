@@ -7,6 +7,7 @@ mod format;
 mod host;
 mod identity;
 mod leaks;
+mod migration;
 mod ready;
 mod reboots;
 mod refused;
@@ -142,8 +143,33 @@ pub const ALL: &[Scenario] = &[
     ),
     installed(
         "used-docker",
-        "data that Docker has on the root disk is neither hidden nor lost",
+        "data that is not to be moved from the root disk is neither hidden nor lost",
         refused::used_docker,
+    ),
+    installed(
+        "migration",
+        "what Docker had on the root disk is moved whole, and erased there",
+        migration::migration,
+    ),
+    installed(
+        "migration-running",
+        "a running container is stopped only where that is configured",
+        migration::running,
+    ),
+    installed(
+        "migration-no-space",
+        "what does not fit is refused before Docker stops",
+        migration::no_space,
+    ),
+    installed(
+        "migration-interrupted",
+        "killed at any moment of a migration, the next run finishes it",
+        migration::interrupted,
+    ),
+    installed(
+        "hidden-data",
+        "data beneath the mounts is found, named and left alone",
+        migration::hidden,
     ),
     installed(
         "signal-lost",
