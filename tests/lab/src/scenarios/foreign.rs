@@ -88,7 +88,7 @@ const FILESYSTEMS: [Kind; 5] = [
     },
     Kind { what: "xfs", make: Make::Inside("mkfs.xfs -q -K $d"), named: &["xfs"] },
     Kind { what: "btrfs", make: Make::Inside("mkfs.btrfs -q -K $d"), named: &["btrfs"] },
-    Kind { what: "swap", make: Make::Inside("mkswap -q $d"), named: &["swap"] },
+    Kind { what: "swap", make: Make::Inside("mkswap $d >/dev/null"), named: &["swap"] },
     Kind {
         what: "an ext4 with data after wipefs",
         make: Make::Inside("mkfs.ext4 -q -d /etc/cloud $d && wipefs -qa $d"),
