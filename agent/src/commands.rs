@@ -237,6 +237,7 @@ async fn observe(cx: &Context, selected: &[&'static dyn Check], command: &'stati
 /// Applies, and judges everything once more from fresh facts: nothing trusts an apply.
 async fn provision(cx: &Context, selected: &[&'static dyn Check]) -> Vec<Outcome> {
     let applied = engine::provision(cx, selected).await;
+    cx.host.ahead.abandon().await;
     if applied.iter().any(|o| !o.verdict.lets_through()) {
         return applied;
     }

@@ -278,8 +278,14 @@ async fn await_volume(cx: &Context, seconds: u32) -> Result<()> {
     let mut ask_again = Instant::now() + ASK_AGAIN;
     let mut soon = Duration::from_secs(2);
     let mut said = String::new();
+    let (mut before, mut event) = (block::disks()?, Instant::now());
     loop {
         let disks = block::disks()?;
+        // mkfs has its image to make, whatever EC2 says of the disk in the meantime.
+        for disk in disks.iter().filter(|disk| !before.contains(disk)) {
+            cx.host.ahead.begin(disk, cx.config.volume.filesystem, event).await;
+        }
+        before.clone_from(&disks);
         let volumes = cx.aws.attached_volumes(&disks).await;
         let Some(missing) = missing(cx).await else { return Ok(()) };
         if missing != said {
@@ -302,9 +308,10 @@ async fn await_volume(cx: &Context, seconds: u32) -> Result<()> {
             bail!("{missing}, after {seconds} s");
         }
         tokio::select! {
-            event = timeout_at(until, events.block_event()) => {
-                if let Ok(result) = event {
+            seen = timeout_at(until, events.block_event()) => {
+                if let Ok(result) = seen {
                     result?;
+                    event = Instant::now();
                 }
             }
             () = sleep_until(ask_again) => {
@@ -345,7 +352,7 @@ async fn format_volume(
     let instance_id = cx.aws.identity().await?.instance_id.clone();
     let volumes = volumes.clone();
     let order = Order { volumes, filesystem, uuid, onto, allowed, instance_id };
-    format::format(&order, &device).await
+    format::format(&order, &device, &cx.host.ahead).await
 }
 
 /// Docker's units in the order in which they are stopped: the socket first, because it would start

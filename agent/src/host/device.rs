@@ -2,7 +2,7 @@
 //! was meant. Which device that is, is decided in [`crate::volume`].
 
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
@@ -68,6 +68,15 @@ impl DataDevice {
         let file = options.open(&path).with_context(|| format!("opening {}", path.display()))?;
         self.check(&file)?;
         Ok(file)
+    }
+
+    /// Whether its first block is all zeros: read once, as a hint and not as a proof.
+    pub fn starts_empty(&self) -> Result<bool> {
+        let mut first = [0; 4096];
+        let file = self.open(OpenOptions::new().read(true))?;
+        file.read_exact_at(&mut first, 0)
+            .with_context(|| format!("reading {}", self.path().display()))?;
+        Ok(first.iter().all(|byte| *byte == 0))
     }
 
     /// Proves that an open descriptor is this device on these disks, see [`DataDevice::open`].

@@ -31,6 +31,7 @@ use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 use uuid::Uuid;
 
+use super::ahead::Ahead;
 use super::block::{self, Volumes};
 use super::content::{self, BLOCK, Buffer, Content, ReadAt, Reader, SECTOR};
 use super::device::DataDevice;
@@ -279,29 +280,31 @@ fn extents(file: &File) -> Result<Vec<(u64, u64)>> {
 }
 
 /// The part of [`format()`] that takes nothing but the root disk: mkfs on a new image.
-async fn make_image(
-    order: &Order,
+/// `since` is what the time until mkfs begins is told from.
+pub(super) async fn make_image(
     device: &DataDevice,
-    began: Instant,
+    filesystem: Filesystem,
+    uuid: Uuid,
+    since: Instant,
 ) -> Result<(Arc<Image>, Duration)> {
-    let (program, package) = tool(order.filesystem);
-    ensure!(installed(order.filesystem)?, "{program} is not there; install the package {package}");
-    let path = image_path(&order.volumes);
+    let (program, package) = tool(filesystem);
+    ensure!(installed(filesystem)?, "{program} is not there; install the package {package}");
+    let path = image_path(&device.volumes);
     let text = path.to_str().context("a path that is not UTF-8")?;
     // An intent that is there speaks of an image that is not wanted any more.
-    forget(&order.volumes)?;
-    create_image(&path, order.filesystem, device.size())?;
-    let args = arguments(order.filesystem, order.uuid, device)?;
+    forget(&device.volumes)?;
+    create_image(&path, filesystem, device.size())?;
+    let args = arguments(filesystem, uuid, device)?;
     let mut args: Vec<&str> = args.iter().map(String::as_str).collect();
     args.push(text);
-    info!(control = "data-filesystem", after_ms = ms(began.elapsed()), "{program} begins");
+    info!(control = "data-filesystem", after_ms = ms(since.elapsed()), "{program} begins");
     let start = Instant::now();
     let made = command::run(program, &args, MKFS_DEADLINE).await.and_then(command::Output::success);
     if let Err(e) = made {
         files::remove(&path)?;
         return Err(e.context(format!("making the filesystem in {text}")));
     }
-    let (filesystem, uuid, size) = (order.filesystem, order.uuid, device.size());
+    let size = device.size();
     let settle = move |_| {
         let image = Image::open(&path, filesystem, uuid, size)?;
         image.file.sync_all().with_context(|| format!("syncing {}", path.display()))?;
@@ -399,7 +402,7 @@ fn arguments(filesystem: Filesystem, uuid: Uuid, device: &DataDevice) -> Result<
 
 /// Makes the filesystem. Everything that led to it is proven again here, on the opened disk: the
 /// serial number, that nobody uses it, and what is on it.
-pub async fn format(order: &Order, device: &DataDevice) -> Result<()> {
+pub async fn format(order: &Order, device: &DataDevice, ahead: &Ahead) -> Result<()> {
     let began = Instant::now();
     let volumes = &order.volumes;
     ensure!(device.volumes == *volumes, "the data volume is {} by now", device.volumes);
@@ -434,7 +437,13 @@ pub async fn format(order: &Order, device: &DataDevice) -> Result<()> {
             still(order, &seen.content)?;
             Ok(seen)
         };
-        match tokio::try_join!(make_image(order, device, began), proof) {
+        let made = async {
+            match ahead.take(device, order.filesystem).await {
+                Some(made) => made,
+                None => make_image(device, order.filesystem, order.uuid, began).await,
+            }
+        };
+        match tokio::try_join!(made, proof) {
             Ok(((image, took), seen)) => (image, took, seen),
             Err(e) => {
                 // mkfs, if it still ran, is killed; what it made is not wanted.

@@ -1,6 +1,7 @@
 //! All I/O with the machine. Functions here say what is, or change one thing; what it means is
 //! decided in the controls, and which change is made is decided in a plan.
 
+pub mod ahead;
 pub mod beneath;
 pub mod block;
 pub mod chain;
@@ -44,6 +45,8 @@ pub async fn blocking<T: Send + 'static>(
 #[derive(Debug, Default)]
 pub struct Host {
     systemd: OnceCell<Systemd>,
+    /// Filesystems' images that have been begun.
+    pub ahead: ahead::Ahead,
 }
 
 impl Host {
