@@ -246,7 +246,7 @@ pub const ALL: &[Scenario] = &[
     ),
     installed(
         "pci-order",
-        "the disks come in another order at the next boot; the foreign one stays as it is",
+        "the disks come in another order at the next boot, and have each other's names",
         foreign::pci_order,
     ),
     installed(
