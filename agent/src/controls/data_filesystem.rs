@@ -11,7 +11,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::data_volume;
-use crate::config::Config;
+use crate::config::{Config, Filesystem};
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
 use crate::host::block::{self, Disk, VolumeId};
 use crate::host::content::{self, Content, Inspection};
@@ -150,7 +150,18 @@ impl Control for DataFilesystem {
                     _ => return Ok(Plan::refuse(format!("{what}; what was begun is not known"))),
                 }
             }
-            Content::Unrecognised { .. } if is_named(config, &id) => Onto::Unrecognised,
+            Content::Unrecognised { .. } if is_named(config, &id) => {
+                if let Some(copy) = facts.content.known()?.remnant_of(id.filesystem_uuid())
+                    && !is_begun(facts, disk, filesystem)
+                {
+                    return Ok(Plan::refuse(format!(
+                        "{what}, but it held hostagent's own filesystem: a copy of its superblock is \
+                         at byte {}; repair it with fsck, or attach a new, empty volume",
+                        copy.at
+                    )));
+                }
+                Onto::Unrecognised
+            }
             Content::Unrecognised { .. } => {
                 let interrupted = match facts.intent.known() {
                     Err(Unknown(why)) => {
@@ -182,6 +193,14 @@ impl Control for DataFilesystem {
             volume_id: id,
             onto,
         }]))
+    }
+}
+
+/// Whether a format of this disk was begun and never completed.
+fn is_begun(facts: &Facts, disk: &Disk, filesystem: Filesystem) -> bool {
+    match (facts.intent.known(), facts.instance_id.known()) {
+        (Ok(Some(intent)), Ok(instance_id)) => intent.is_for(instance_id, disk, filesystem),
+        _ => false,
     }
 }
 
@@ -233,7 +252,6 @@ fn describe(content: &Content, id: &VolumeId) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Filesystem;
     use crate::host::block::DevNum;
     use anyhow::anyhow;
     use proptest::prelude::*;
@@ -258,6 +276,7 @@ mod tests {
             regions: 1,
             bytes: 1,
             milliseconds: 1,
+            copy: None,
             entry_types: Some(true),
         }
     }
@@ -447,6 +466,22 @@ mod tests {
         for content in [signature("gpt", None), signature("ext4", None), contradiction] {
             assert_eq!(plan(&named, &facts(Ok(content), Ok(vec![]))), "refuse");
         }
+    }
+
+    #[test]
+    fn what_is_left_of_our_own_filesystem_is_not_destroyed_though_named() {
+        let named = naming(&["vol-0123456789abcdef0"]);
+        let copy = |uuid: String| {
+            let found = content::Found { name: "ext4".into(), at: 1 << 27, uuid: Some(uuid) };
+            let content = Content::Unrecognised { offset: 4096 };
+            let seen = Inspection { copy: Some(found), ..inspection(content.clone()) };
+            Facts { content: Fact::new("t", Ok(seen)), ..facts(Ok(content), Ok(vec![])) }
+        };
+        assert_eq!(plan(&named, &copy(ours())), "refuse");
+        assert_eq!(plan(&named, &copy("someone's".into())), "destroy");
+        // Begun over what nothing recognised, and never completed.
+        let begun = Fact::new("t", Ok(Some(intent())));
+        assert_eq!(plan(&named, &Facts { intent: begun, ..copy(ours()) }), "destroy");
     }
 
     fn result<T: Clone + std::fmt::Debug>(

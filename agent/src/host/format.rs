@@ -32,7 +32,7 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::block::{self, Disk, VolumeId};
-use super::content::{self, BLOCK, Buffer, Content, ReadAt, Reader, SECTOR};
+use super::content::{self, BLOCK, Buffer, Content, Inspection, ReadAt, Reader, SECTOR};
 use super::superblock::{self, Superblock};
 use super::{command, files};
 use crate::config::Filesystem;
@@ -412,20 +412,22 @@ pub async fn format(order: &Order) -> Result<()> {
     let device = block::open_checked(&disk, &exclusive)
         .with_context(|| format!("{volume_id} is in use, though nothing explains by whom"))?;
 
-    let (image, mkfs, seen) = if order.onto == Onto::Unfinished {
-        let intent = intent(volume_id)?.context("what was begun is not known any more")?;
-        ensure!(
-            intent.is_for(&order.instance_id, &disk, order.filesystem),
-            "what was begun is not what is to be made: {intent:?}"
-        );
-        let image = image_of(&intent).await?;
-        let look = content::inspect_opened(&device, &disk, Some(image.clone()), PROOF_DEADLINE);
-        let seen = look.await?;
+    // What was begun is finished with the image that is there: for a disk that is not blank, an
+    // intent must not be lost before the filesystem is complete.
+    let kept = match order.onto {
+        Onto::Blank => None,
+        Onto::Unfinished => Some(begun(order, &disk).await?),
+        Onto::Unrecognised => begun(order, &disk).await.ok(),
+    };
+    let (image, mkfs, seen) = if let Some(image) = kept {
+        let compare = (order.onto == Onto::Unfinished).then(|| image.clone());
+        let seen = content::inspect_opened(&device, &disk, compare, PROOF_DEADLINE).await?;
+        still(order, &seen, true)?;
         (image, Duration::ZERO, seen)
     } else {
         let proof = async {
             let seen = content::inspect_opened(&device, &disk, None, PROOF_DEADLINE).await?;
-            still(order, &seen.content)?;
+            still(order, &seen, false)?;
             Ok(seen)
         };
         match tokio::try_join!(make_image(order, &disk, began), proof) {
@@ -439,7 +441,6 @@ pub async fn format(order: &Order) -> Result<()> {
             }
         }
     };
-    still(order, &seen.content)?;
 
     let write = {
         let (image, order, disk) = (image.clone(), order.clone(), disk.clone());
@@ -467,9 +468,29 @@ pub async fn format(order: &Order) -> Result<()> {
     Ok(())
 }
 
-/// Whether the disk holds what the plan has seen.
-fn still(order: &Order, content: &Content) -> Result<()> {
-    let (id, onto) = (&order.volume_id, order.onto);
+/// The image with which this order was begun by a run that was interrupted.
+async fn begun(order: &Order, disk: &Disk) -> Result<Arc<Image>> {
+    let intent = intent(&order.volume_id)?.context("what was begun is not known any more")?;
+    ensure!(
+        intent.is_for(&order.instance_id, disk, order.filesystem),
+        "what was begun is not what is to be made: {intent:?}"
+    );
+    image_of(&intent).await
+}
+
+/// Whether the disk holds what the plan has seen; `begun` is whether an earlier run has begun to
+/// write to it.
+fn still(order: &Order, seen: &Inspection, begun: bool) -> Result<()> {
+    let (id, onto, content) = (&order.volume_id, order.onto, &seen.content);
+    if let Some(copy) = seen.remnant_of(order.uuid)
+        && onto == Onto::Unrecognised
+        && !begun
+    {
+        bail!(
+            "{id} held hostagent's own filesystem: a copy of its superblock is at byte {}",
+            copy.at
+        );
+    }
     match (onto, content) {
         // An interrupted format may have been interrupted before its first write.
         (Onto::Blank | Onto::Unfinished, Content::Blank { .. })
@@ -889,6 +910,26 @@ mod tests {
     }
 
     #[test]
+    fn copies_of_the_superblock_are_where_they_are_looked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        for size in [1 << 30, 8 << 30] {
+            File::create(&path).unwrap().set_len(size).unwrap();
+            let args = arguments(Filesystem::Ext4, UUID, &disk()).unwrap();
+            let made = Command::new(command::MKFS_EXT4).args(args).arg(&path).output().unwrap();
+            assert!(made.status.success(), "{made:?}");
+            let file = File::open(&path).unwrap();
+            let mut found = 0;
+            for at in superblock::copies(size) {
+                let mut block = vec![0; BLOCK];
+                file.read_exact_at(&mut block, at).unwrap();
+                found += u32::from(Superblock::copy(&block).is_some_and(|sb| sb.uuid == UUID));
+            }
+            assert_eq!(found, 3, "{size}");
+        }
+    }
+
+    #[test]
     fn data_where_the_filesystem_would_be_is_not_overwritten() {
         let dir = tempfile::tempdir().unwrap();
         let (image, path) = (image(dir.path()), blank(dir.path()));
@@ -974,8 +1015,18 @@ mod tests {
         let signature = Content::Signature { name: "gpt".into(), uuid: None, label: None };
         let contradiction = Content::Contradiction { blkid: "x".into(), own: "y".into() };
         let contents = [blank, unfinished, unrecognised, signature, contradiction];
+        let seen = |content| Inspection {
+            content,
+            blkid: None,
+            own: Vec::new(),
+            regions: 1,
+            bytes: 1,
+            milliseconds: 1,
+            copy: None,
+            entry_types: None,
+        };
         let allowed = |onto, allowed| {
-            contents.clone().map(|content| still(&order(onto, allowed), &content).is_ok())
+            contents.clone().map(|c| still(&order(onto, allowed), &seen(c), false).is_ok())
         };
         for named in [false, true] {
             assert_eq!(allowed(Onto::Blank, named), [true, false, false, false, false]);
@@ -983,5 +1034,19 @@ mod tests {
         }
         assert_eq!(allowed(Onto::Unrecognised, true), [false, false, true, false, false]);
         assert_eq!(allowed(Onto::Unrecognised, false), [false; 5]);
+        // What is left of hostagent's own filesystem is not destroyed, unless it was never complete.
+        let copy = |uuid: Uuid| content::Found {
+            name: "ext4".into(),
+            at: 1 << 27,
+            uuid: Some(uuid.to_string()),
+        };
+        let order = order(Onto::Unrecognised, true);
+        let left = |uuid| Inspection {
+            copy: Some(copy(uuid)),
+            ..seen(Content::Unrecognised { offset: 1 })
+        };
+        assert!(still(&order, &left(UUID), false).is_err());
+        assert!(still(&order, &left(UUID), true).is_ok());
+        assert!(still(&order, &left(Uuid::nil()), false).is_ok());
     }
 }
