@@ -289,7 +289,8 @@ async fn make_image(order: &Order, disk: &Disk, began: Instant) -> Result<(Arc<I
     let args = arguments(order.filesystem, order.uuid, disk)?;
     let mut args: Vec<&str> = args.iter().map(String::as_str).collect();
     args.push(text);
-    info!(control = "data-filesystem", after_ms = ms(began.elapsed()), "{program} begins");
+    let after_ms = ms(began.elapsed());
+    info!(control = "data-filesystem", after_ms, "{program} begins after {after_ms} ms");
     let start = Instant::now();
     let made = command::run(program, &args, MKFS_DEADLINE).await.and_then(command::Output::success);
     if let Err(e) = made {
@@ -454,15 +455,17 @@ pub async fn format(order: &Order) -> Result<()> {
     drop(image);
     drop(locked);
     forget(volume_id)?;
+    let (mkfs_ms, copy_ms, total_ms) = (ms(mkfs), ms(start.elapsed()), ms(began.elapsed()));
+    let (proof_ms, proof_bytes) = (seen.milliseconds, seen.bytes);
     info!(
         control = "data-filesystem",
-        proof_ms = seen.milliseconds,
-        proof_bytes = seen.bytes,
-        mkfs_ms = ms(mkfs),
-        copy_ms = ms(start.elapsed()),
+        proof_ms,
+        proof_bytes,
+        mkfs_ms,
+        copy_ms,
         copy_bytes = written,
-        total_ms = ms(began.elapsed()),
-        "{} is written to {volume_id}",
+        total_ms,
+        "{} is written to {volume_id} in {total_ms} ms (proof {proof_ms}, mkfs {mkfs_ms}, copy {copy_ms})",
         order.filesystem.as_str()
     );
     Ok(())
