@@ -32,6 +32,17 @@ pub enum Command {
     Plan(Selection),
     /// Check every control; changes nothing (root)
     Verify(Selection),
+    /// Show one control: why it exists, each fact with its source and time, the verdict, and what to
+    /// do; changes nothing (root)
+    Explain {
+        /// The control, see `hostagent controls`
+        #[arg(value_name = "ID")]
+        id: String,
+
+        /// The form of the result.
+        #[command(flatten)]
+        output: Output,
+    },
     /// Check quickly, by this machine alone, that Docker's storage is where it must be (root;
     /// systemd runs it before Docker)
     Gate,
@@ -68,7 +79,7 @@ pub struct Selection {
 }
 
 /// The form of the result.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Copy, Args)]
 pub struct Output {
     /// The form of the result
     #[arg(long, value_enum, default_value_t = Format::Text)]

@@ -20,7 +20,7 @@ use crate::config::{self, ConfigError};
 use crate::control::{Check, Context, REGISTRY, Verdict};
 use crate::engine::{self, Outcome};
 use crate::host::{Host, files, identity};
-use crate::report::{self, Overall, Report, text};
+use crate::report::{self, Overall, Report, explain, text};
 use crate::{gate, journal, readiness};
 
 /// The exit statuses. Frozen: scripts and units depend on them (sysexits.h where it has a value).
@@ -94,6 +94,10 @@ fn dispatch(cli: &Cli) -> Result<Exit> {
         Command::Provision(selection) => looking(cli, selection, "provision"),
         Command::Plan(selection) => looking(cli, selection, "plan"),
         Command::Verify(selection) => looking(cli, selection, "verify"),
+        Command::Explain { id, output } => {
+            let selection = Selection { only: vec![id.clone()], skip: Vec::new(), output: *output };
+            looking(cli, &selection, "explain")
+        }
         Command::Gate => {
             must_be_root("gate")?;
             let config = config::load(cli.config.as_deref())?.config;
@@ -105,8 +109,8 @@ fn dispatch(cli: &Cli) -> Result<Exit> {
                 }
             }
         }
-        Command::Status(output) => status(output),
-        Command::Controls(output) => controls(output),
+        Command::Status(output) => status(*output),
+        Command::Controls(output) => controls(*output),
         Command::Config(ConfigCommand::Check) => {
             let loaded = config::load(cli.config.as_deref())?;
             let names: Vec<String> = loaded.files.iter().map(|f| f.display().to_string()).collect();
@@ -136,7 +140,7 @@ fn must_be_root(command: &str) -> Result<()> {
     bail!(Refused(Exit::NotRoot, format!("`hostagent {command}` must be run as root")))
 }
 
-/// The commands that look at the controls: `verify`, `plan` and `provision`.
+/// The commands that look at the controls: `verify`, `plan`, `explain` and `provision`.
 fn looking(cli: &Cli, selection: &Selection, command: &'static str) -> Result<Exit> {
     let provision = command == "provision";
     let selected = select(selection, provision)?;
@@ -153,10 +157,18 @@ fn looking(cli: &Cli, selection: &Selection, command: &'static str) -> Result<Ex
         let patience = if provision { Patience::Long } else { Patience::Brief };
         let deadline = provision.then(|| Instant::now() + config.run.deadline_seconds.duration());
         let cx = Context { config, host: Host::default(), aws: Aws::new(patience), deadline };
-        let report = Box::pin(observe(&cx, &selected, command)).await;
+        let mut report = Box::pin(observe(&cx, &selected, command)).await;
+        if command == "explain" {
+            // What it depends on was looked at, and is not what was asked for.
+            report
+                .controls
+                .retain(|outcome| selection.only.iter().any(|id| id == outcome.about.id));
+            report.result = Overall::of(&report.controls);
+        }
         // Not held while somebody reads the report at leisure.
         drop(lock);
         say(&match selection.output.format {
+            Format::Text if command == "explain" => explain::render(&report),
             Format::Text => text::render(&report),
             Format::Json => report.json(),
         })?;
@@ -190,7 +202,7 @@ async fn observe(cx: &Context, selected: &[&'static dyn Check], command: &'stati
             selected.iter().map(verdict).collect()
         }
         None => match command {
-            "verify" => engine::verify(cx, selected).await,
+            "verify" | "explain" => engine::verify(cx, selected).await,
             "plan" => engine::plan(cx, selected).await,
             _ => provision(cx, selected).await,
         },
@@ -332,7 +344,7 @@ async fn lock(exclusive: bool) -> Result<Option<Flock<File>>> {
     }
 }
 
-fn status(output: &Output) -> Result<Exit> {
+fn status(output: Output) -> Result<Exit> {
     let marker = readiness::marker()?;
     let last: Option<serde_json::Value> = match files::read_optional(Path::new(LAST_RUN))? {
         Some(text) => {
@@ -384,7 +396,7 @@ fn status(output: &Output) -> Result<Exit> {
     Ok(exit)
 }
 
-fn controls(output: &Output) -> Result<Exit> {
+fn controls(output: Output) -> Result<Exit> {
     let abouts: Vec<_> = REGISTRY.iter().map(|c| c.about()).collect();
     if output.format == Format::Json {
         say(&(serde_json::to_string_pretty(&abouts).context("listing the controls")? + "\n"))?;

@@ -9,11 +9,13 @@
 mod file;
 mod values;
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 pub use crate::host::block::VolumeId;
 pub use file::{ConfigError, Loaded, load};
-pub use values::{DeviceName, KeyArn, MountPoint, Name, Port, Seconds};
+pub use values::{AssembledDevice, DeviceName, KeyArn, MountPoint, Name, Port, Seconds, Tag};
 
 /// Where the configuration is read from unless `--config` names another file.
 pub const DEFAULT_PATH: &str = "/etc/hostagent/hostagent.toml";
@@ -25,6 +27,10 @@ pub struct Config {
     pub instance: Instance,
     /// The encrypted data volume.
     pub volume: Volume,
+    /// The volume that the system is on.
+    pub root: Root,
+    /// Docker and containerd.
+    pub docker: Docker,
     /// The SSH daemon.
     pub sshd: Sshd,
     /// Who is told whether the host became ready.
@@ -71,8 +77,11 @@ impl Tenancy {
 /// `[volume]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Volume {
-    /// The name under which EC2 has the volume attached, such as `/dev/sdf`. Never a kernel name.
-    pub device: DeviceName,
+    /// Which of the attached volumes it is.
+    pub select: Select,
+    /// The device that stands on the selected volumes, where that is not the one volume's own disk:
+    /// LVM, md or dm-crypt, which hostagent does not make.
+    pub assembled: Option<AssembledDevice>,
     /// Where it is mounted.
     pub mount_point: MountPoint,
     /// The filesystem it carries.
@@ -98,13 +107,41 @@ impl Volume {
 impl Default for Volume {
     fn default() -> Self {
         Self {
-            device: DeviceName("/dev/sdf".into()),
+            select: Select::Device(vec![DeviceName("/dev/sdf".into())]),
+            assembled: None,
             mount_point: MountPoint("/data".into()),
             filesystem: Filesystem::Ext4,
             grow: false,
             format_unrecognised: Vec::new(),
             kms_keys: Vec::new(),
             wait_seconds: Seconds(600),
+        }
+    }
+}
+
+/// How the data volume is chosen among those that EC2 has attached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Select {
+    /// By the names under which EC2 has them attached, such as `/dev/sdf`. Never kernel names.
+    Device(Vec<DeviceName>),
+    /// By their ids.
+    Id(Vec<VolumeId>),
+    /// All that carry this tag.
+    Tag(Tag),
+}
+
+impl fmt::Display for Select {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let join = |names: Vec<&str>| names.join(" and ");
+        match self {
+            Self::Device(names) => {
+                write!(f, "as {}", join(names.iter().map(DeviceName::as_str).collect()))
+            }
+            Self::Id(ids) => {
+                write!(f, "with the id {}", join(ids.iter().map(VolumeId::as_str).collect()))
+            }
+            Self::Tag(tag) => write!(f, "with the tag {tag}"),
         }
     }
 }
@@ -128,6 +165,47 @@ impl Filesystem {
             Self::Xfs => "xfs",
         }
     }
+}
+
+/// `[root]`
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct Root {
+    /// What is done about a root volume that is not encrypted.
+    pub encryption: RootEncryption,
+}
+
+/// What is done about a root volume that EC2 does not say is encrypted. Whatever it is, nothing that
+/// a container says may be kept there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RootEncryption {
+    /// The host is not ready.
+    #[default]
+    Require,
+    /// It is said, and the host can be ready.
+    Warn,
+    /// The host can be ready.
+    Allow,
+}
+
+/// `[docker]`
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct Docker {
+    /// When data that Docker has on the root disk is moved to the volume.
+    pub migrate: Migrate,
+}
+
+/// When data is moved to the volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Migrate {
+    /// While no container runs.
+    #[default]
+    Stopped,
+    /// At once; containers that run are stopped.
+    Running,
+    /// Never: Docker is stopped, and its data is left where it is.
+    Never,
 }
 
 /// `[sshd]`

@@ -164,6 +164,17 @@ impl Plan {
         if steps.is_empty() { Self::Nothing } else { Self::Steps(steps) }
     }
 
+    /// A plan of these steps, after which these reasons still stand in the way.
+    #[must_use]
+    pub fn with_refusals(steps: Vec<Step>, refusals: &[String]) -> Self {
+        let why = refusals.join("; ");
+        match (steps.is_empty(), refusals.is_empty()) {
+            (_, true) => Self::steps(steps),
+            (true, false) => Self::Refuse { why },
+            (false, false) => Self::Contain { steps, why },
+        }
+    }
+
     /// A refusal.
     pub fn refuse(why: impl Into<String>) -> Self {
         Self::Refuse { why: why.into() }
@@ -263,7 +274,10 @@ pub static REGISTRY: &[&dyn Check] = &[
     &controls::instance_tenancy::InstanceTenancy,
     &controls::sshd_port::SshdPort,
     &controls::boot_order::BootOrder,
+    &controls::swap::Swap,
+    &controls::core_dumps::CoreDumps,
     &controls::data_volume::DataVolume,
+    &controls::root_volume::RootVolume,
     &controls::data_filesystem::DataFilesystem,
     &controls::data_mount::DataMount,
     &controls::data_size::DataSize,

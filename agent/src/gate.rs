@@ -13,7 +13,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::aws::cache::{self, Confirmation};
 use crate::config::Volume;
-use crate::host::block::{self, DevNum, Disk};
+use crate::host::block::{DevNum, Disk, ToldBy, VolumeId};
+use crate::host::chain::{Kind, Layer};
 use crate::host::docker;
 use crate::host::identity::{self, Firmware};
 use crate::host::mounts::{self, Mount};
@@ -28,8 +29,10 @@ struct Facts {
     firmware: Firmware,
     /// All mounts.
     mounts: Vec<Mount>,
-    /// The disk of the last mount on the mount point.
-    disk: Option<Disk>,
+    /// This boot.
+    boot_id: String,
+    /// The device of the last mount on the mount point, down to its disks; none without a device.
+    device: Option<Layer>,
     /// The device that is seen at the mount point and at the storage directories, whatever the list
     /// of mounts says: a later mount on a parent hides them.
     seen: Vec<(String, DevNum)>,
@@ -38,15 +41,15 @@ struct Facts {
 }
 
 /// Filesystems that hold nothing of their own: what Docker mounts below its storage.
-const NOT_ON_DISK: [&str; 3] = ["overlay", "tmpfs", "nsfs"];
+pub const NOT_ON_DISK: [&str; 3] = ["overlay", "tmpfs", "nsfs"];
 
 /// Looks, and says in one sentence why Docker may start, or fails with why it may not.
 pub fn check(volume: &Volume) -> Result<String> {
     let mount_point = volume.mount_point.path();
     let mounts = mounts::all()?;
-    let disk = match mounts.iter().rfind(|m| Path::new(&m.mount_point) == mount_point) {
-        Some(mount) => block::disk_by_number(mount.device)?,
-        None => None,
+    let device = match mounts.iter().rfind(|m| Path::new(&m.mount_point) == mount_point) {
+        Some(mount) if mount.device.major != 0 => Some(Layer::of(mount.device)?),
+        _ => None,
     };
     let mut seen = Vec::new();
     for path in [mount_point].into_iter().chain(STORAGE.map(|(path, _)| Path::new(path))) {
@@ -61,7 +64,8 @@ pub fn check(volume: &Volume) -> Result<String> {
         confirmation: cache::read().context("reading which volume EC2 confirmed")?,
         firmware: identity::firmware()?,
         mounts,
-        disk,
+        boot_id: identity::boot_id()?,
+        device,
         seen,
         moved: docker::moved_by_configuration()?,
     };
@@ -75,28 +79,52 @@ fn judge(wanted: &Volume, facts: &Facts) -> Result<String> {
             "EC2 has not confirmed an encrypted volume for this instance; run `hostagent provision`"
         );
     };
-    let Some(instance_id) = &facts.firmware.instance_id else {
-        bail!("the firmware does not tell which instance this is");
-    };
-    ensure!(
-        *instance_id == confirmation.instance_id,
-        "the confirmed volume belongs to {}, and this is {instance_id}; run `hostagent provision`",
-        confirmation.instance_id
-    );
-    let volume = &confirmation.volume_id;
-    ensure!(
-        wanted.accepts_key(confirmation.kms_key_id.as_deref()),
-        "the key of {volume} is not one of volume.kms_keys"
-    );
-    let device = the_one(&facts.mounts, place, "/")?;
-    let disk =
-        facts.disk.as_ref().with_context(|| format!("{place} is not mounted from a disk"))?;
-    ensure!(disk.number == device, "{place} changed while it was looked at");
-    match disk.volume_id() {
-        Some(id) if id == *volume => {}
-        Some(id) => bail!("{place} is on {id}, and EC2 confirmed {volume}"),
-        None => bail!("{place} is on {}, which is no EBS volume", disk.name),
+    if let Some(boot_id) = &confirmation.boot_id {
+        ensure!(
+            *boot_id == facts.boot_id,
+            "EC2 confirmed the volume in an earlier boot, and on this instance a disk does not tell \
+             which volume it is; run `hostagent provision`"
+        );
+    } else {
+        let Some(instance_id) = &facts.firmware.instance_id else {
+            bail!("the firmware does not tell which instance this is");
+        };
+        ensure!(
+            *instance_id == confirmation.instance_id,
+            "the confirmed volume belongs to {}, and this is {instance_id}; run `hostagent provision`",
+            confirmation.instance_id
+        );
     }
+    for volume in &confirmation.volumes {
+        ensure!(
+            wanted.accepts_key(volume.kms_key_id.as_deref()),
+            "the key of {} is not one of volume.kms_keys",
+            volume.volume_id
+        );
+    }
+    let volume = confirmation.ids();
+    let device = the_one(&facts.mounts, place, "/")?;
+    let layer =
+        facts.device.as_ref().with_context(|| format!("{place} is not mounted from a device"))?;
+    ensure!(layer.number == device, "{place} changed while it was looked at");
+    // Without the operator's word that something stands on the volume, its own disk is meant.
+    ensure!(
+        matches!(layer.kind, Kind::Disk(_)) || wanted.assembled.is_some(),
+        "{place} is mounted from {}, which is not the volume's own disk",
+        layer.name
+    );
+    let mut beneath = Vec::new();
+    for disk in layer.disks().with_context(|| format!("looking at what {place} stands on"))? {
+        beneath.push(
+            confirmed_disk(confirmation, disk)
+                .with_context(|| format!("{place} is not where it was"))?,
+        );
+    }
+    beneath.sort();
+    ensure!(
+        beneath == volume.ids(),
+        "{place} does not stand on all of {volume}, which EC2 confirmed"
+    );
     for (path, directory) in STORAGE {
         let there = the_one(&facts.mounts, path, &format!("/{directory}"))?;
         ensure!(there == device, "{path} is on the device {there}, not on {volume} ({device})");
@@ -120,6 +148,24 @@ fn judge(wanted: &Volume, facts: &Facts) -> Result<String> {
         );
     }
     Ok(format!("Docker's storage is on {volume}"))
+}
+
+/// The confirmed volume that a disk is.
+fn confirmed_disk(confirmation: &Confirmation, disk: &Disk) -> Result<VolumeId> {
+    let is = |volume: &&cache::Confirmed| match &disk.told_by {
+        ToldBy::Serial => disk.volume_id().as_ref() == Some(&volume.volume_id),
+        // In the boot in which it was confirmed, which was checked before.
+        ToldBy::Mapping(_) => {
+            confirmation.boot_id.is_some() && volume.disk.as_ref() == Some(&disk.name)
+        }
+    };
+    if let Some(volume) = confirmation.volumes.iter().find(is) {
+        return Ok(volume.volume_id.clone());
+    }
+    match disk.volume_id() {
+        Some(id) => bail!("it is on {id}, and EC2 confirmed {}", confirmation.ids()),
+        None => bail!("it is on {}, which is no EBS volume", disk.name),
+    }
 }
 
 /// A mount below Docker's storage through which data would leave the volume.
@@ -150,7 +196,7 @@ fn the_one(mounts: &[Mount], path: &str, root: &str) -> Result<DevNum> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::block::VolumeId;
+    use crate::host::device::DataDevice;
     use jiff::Timestamp;
 
     const DATA: DevNum = DevNum { major: 259, minor: 1 };
@@ -167,13 +213,39 @@ mod tests {
         }
     }
 
+    fn volume_id() -> VolumeId {
+        VolumeId::parse("vol-0123456789abcdef0").unwrap()
+    }
+
+    fn disk() -> Disk {
+        Disk {
+            name: "nvme1n1".into(),
+            number: DATA,
+            serial: Some("vol0123456789abcdef0".into()),
+            model: None,
+            size: 8 << 30,
+            told_by: ToldBy::Serial,
+        }
+    }
+
+    /// Puts another disk beneath the mount.
+    fn beneath(facts: &mut Facts, change: impl FnOnce(&mut Disk)) {
+        let mut disk = disk();
+        change(&mut disk);
+        facts.device.as_mut().unwrap().kind = Kind::Disk(disk);
+    }
+
     fn good() -> Facts {
         Facts {
             confirmation: Some(Confirmation {
                 version: cache::VERSION,
-                volume_id: VolumeId::parse("vol-0123456789abcdef0").unwrap(),
+                volumes: vec![cache::Confirmed {
+                    volume_id: volume_id(),
+                    kms_key_id: None,
+                    disk: None,
+                }],
                 instance_id: "i-0123456789abcdef0".into(),
-                kms_key_id: None,
+                boot_id: None,
                 confirmed_at: Timestamp::UNIX_EPOCH,
             }),
             firmware: Firmware {
@@ -186,13 +258,8 @@ mod tests {
                 mount("/var/lib/docker", DATA, "/docker"),
                 mount("/var/lib/containerd", DATA, "/containerd"),
             ],
-            disk: Some(Disk {
-                name: "nvme1n1".into(),
-                number: DATA,
-                serial: Some("vol0123456789abcdef0".into()),
-                model: None,
-                size: 8 << 30,
-            }),
+            boot_id: "this".into(),
+            device: Some(DataDevice::of_disk(volume_id(), disk()).layer),
             seen: ["/data", "/var/lib/docker", "/var/lib/containerd"]
                 .map(|path| (path.to_owned(), DATA))
                 .into(),
@@ -206,19 +273,33 @@ mod tests {
     fn opens_only_when_everything_is_in_place() {
         let volume = Volume::default();
         judge(&volume, &good()).unwrap();
-        let table: [(&str, Break); 18] = [
+        let table: [(&str, Break); 21] = [
             ("has not confirmed", |f| f.confirmation = None),
             ("does not tell which instance", |f| f.firmware.instance_id = None),
             ("belongs to", |f| f.firmware.instance_id = Some("i-0fffffffffffffff0".into())),
             ("nothing is mounted on /data", |f| _ = f.mounts.remove(1)),
             ("stacked on /data", |f| f.mounts.push(mount("/data", ROOT, "/"))),
             ("shows the directory /x", |f| f.mounts[1].root = "/x".into()),
-            ("not mounted from a disk", |f| f.disk = None),
-            ("changed while", |f| f.disk.as_mut().unwrap().number = ROOT),
+            ("not mounted from a device", |f| f.device = None),
+            ("changed while", |f| f.device.as_mut().unwrap().number = ROOT),
             ("EC2 confirmed", |f| {
-                f.disk.as_mut().unwrap().serial = Some("vol0ffffffffffffffff".into());
+                beneath(f, |disk| disk.serial = Some("vol0ffffffffffffffff".into()));
             }),
-            ("no EBS volume", |f| f.disk.as_mut().unwrap().serial = None),
+            ("no EBS volume", |f| beneath(f, |disk| disk.serial = None)),
+            ("no EBS volume", |f| {
+                beneath(f, |disk| disk.told_by = ToldBy::Mapping(None));
+            }),
+            ("not the volume's own disk", |f| {
+                let layer = f.device.take().unwrap();
+                f.device = Some(Layer {
+                    kind: Kind::Mapping("LVM".into()),
+                    on: vec![layer.clone()],
+                    ..layer
+                });
+            }),
+            ("an earlier boot", |f| {
+                f.confirmation.as_mut().unwrap().boot_id = Some("earlier".into());
+            }),
             ("nothing is mounted on /var/lib/docker", |f| _ = f.mounts.remove(2)),
             ("not on vol-", |f| f.mounts[3].device = ROOT),
             ("not /docker", |f| f.mounts[2].root = "/elsewhere".into()),
@@ -235,9 +316,64 @@ mod tests {
         for (expected, break_it) in table {
             let mut facts = good();
             break_it(&mut facts);
-            let error = judge(&volume, &facts).unwrap_err().to_string();
+            let error = format!("{:#}", judge(&volume, &facts).unwrap_err());
             assert!(error.contains(expected), "expected {expected:?}, got {error:?}");
         }
+    }
+
+    #[test]
+    fn an_assembled_device_needs_all_its_volumes() {
+        let assembled = Volume {
+            assembled: Some("/dev/mapper/d".to_owned().try_into().unwrap()),
+            ..Volume::default()
+        };
+        let other = Disk { serial: Some("vol0ffffffffffffffff".into()), ..disk() };
+        let on = |disks: &[&Disk]| Layer {
+            name: "dm-0".into(),
+            number: DATA,
+            size: 8 << 30,
+            kind: Kind::Mapping("LVM".into()),
+            on: disks
+                .iter()
+                .map(|d| DataDevice::of_disk(volume_id(), (*d).clone()).layer)
+                .collect(),
+        };
+        let mut facts = good();
+        facts.device = Some(on(&[&disk()]));
+        judge(&assembled, &facts).unwrap();
+        facts.device = Some(on(&[&disk(), &other]));
+        assert!(judge(&assembled, &facts).is_err(), "one of them was not confirmed");
+        facts.confirmation.as_mut().unwrap().volumes.push(cache::Confirmed {
+            volume_id: VolumeId::parse("vol-0ffffffffffffffff").unwrap(),
+            kms_key_id: None,
+            disk: None,
+        });
+        judge(&assembled, &facts).unwrap();
+        facts.device = Some(on(&[&other]));
+        assert!(judge(&assembled, &facts).is_err(), "one of them is not there");
+        facts.device = Some(on(&[]));
+        assert!(judge(&assembled, &facts).is_err(), "a mapping onto nothing");
+    }
+
+    #[test]
+    fn on_xen_a_name_counts_in_the_boot_that_confirmed_it() {
+        let mut facts = good();
+        facts.firmware.instance_id = None;
+        beneath(&mut facts, |disk| {
+            *disk = Disk {
+                name: "xvdf".into(),
+                serial: None,
+                told_by: ToldBy::Mapping(None),
+                ..disk.clone()
+            };
+        });
+        let confirmation = facts.confirmation.as_mut().unwrap();
+        confirmation.volumes[0].disk = Some("xvdf".into());
+        assert!(judge(&Volume::default(), &facts).is_err(), "without a boot");
+        facts.confirmation.as_mut().unwrap().boot_id = Some("this".into());
+        judge(&Volume::default(), &facts).unwrap();
+        facts.confirmation.as_mut().unwrap().volumes[0].disk = Some("xvdg".into());
+        assert!(judge(&Volume::default(), &facts).is_err());
     }
 
     #[test]
@@ -256,7 +392,7 @@ mod tests {
         let narrow = Volume { kms_keys: vec![key.into()], ..Volume::default() };
         assert!(judge(&narrow, &good()).is_err(), "no key is known");
         let mut facts = good();
-        facts.confirmation.as_mut().unwrap().kms_key_id = Some(key.into());
+        facts.confirmation.as_mut().unwrap().volumes[0].kms_key_id = Some(key.into());
         judge(&narrow, &facts).unwrap();
     }
 }

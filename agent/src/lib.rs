@@ -15,6 +15,8 @@
 //! into "ready" (marker, target, signals to AWS) or into its refusal. [`report`] turns it into text
 //! and JSON.
 //!
+//! [`volume`] decides which device is the data volume, for the controls and for the steps alike.
+//!
 //! [`gate`] is the exception to the pattern: what systemd runs before every start of Docker, fast
 //! and by this machine's own facts only.
 //!
@@ -37,3 +39,4 @@ pub mod journal;
 pub mod readiness;
 pub mod report;
 pub mod step;
+pub mod volume;

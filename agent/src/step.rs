@@ -6,20 +6,26 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::Serialize;
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tracing::info;
 
 use crate::aws::cache::{self, Confirmation};
-use crate::config::{Config, Filesystem};
+use crate::config::Filesystem;
 use crate::control::Context;
-use crate::host::block::{self, VolumeId};
+use crate::gate::{self, NOT_ON_DISK};
+use crate::host::block::{self, Volumes};
+use crate::host::chain;
 use crate::host::format::{self, Onto, Order};
+use crate::host::migration::{self, Place};
+use crate::host::tree::Progress;
 use crate::host::uevents::Uevents;
-use crate::host::{files, growth, mounts, sshd};
+use crate::host::{files, growth, kernel, mounts, processes, sshd, swap};
+use crate::volume::{self, State};
 
 /// One change to the host, or one wait for something that changes it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -27,8 +33,8 @@ use crate::host::{files, growth, mounts, sshd};
 pub enum Step {
     /// Wait until EC2 has the configured volume attached and the kernel has its disk.
     AwaitVolume {
-        /// EC2's device name.
-        device: String,
+        /// Which one, in words.
+        volume: String,
         /// The longest wait.
         seconds: u32,
     },
@@ -42,7 +48,7 @@ pub enum Step {
     /// Make a filesystem on the volume, if its disk holds at that moment what the plan has seen.
     FormatVolume {
         /// The volume.
-        volume_id: VolumeId,
+        volumes: Volumes,
         /// The filesystem to make.
         filesystem: Filesystem,
         /// The UUID it gets.
@@ -53,12 +59,12 @@ pub enum Step {
     /// Remove what is kept of a format that is complete.
     ForgetFormat {
         /// The volume.
-        volume_id: VolumeId,
+        volumes: Volumes,
     },
     /// Enlarge the mounted filesystem to the size of its volume.
     GrowFilesystem {
         /// The volume.
-        volume_id: VolumeId,
+        volumes: Volumes,
         /// The filesystem.
         filesystem: Filesystem,
         /// Where it is mounted.
@@ -84,8 +90,8 @@ pub enum Step {
         path: PathBuf,
         /// Its mode.
         mode: u32,
-        /// The volume that must be mounted there.
-        volume_id: VolumeId,
+        /// The volumes that must be mounted there.
+        volumes: Volumes,
     },
     /// Make systemd read its unit files again.
     ReloadManager,
@@ -95,16 +101,57 @@ pub enum Step {
         unit: String,
         /// The device file that the unit mounts.
         link: PathBuf,
-        /// The volume that this must be.
-        volume_id: VolumeId,
+        /// The volumes that this must be.
+        volumes: Volumes,
     },
     /// Start a unit.
     StartUnit {
         /// The unit.
         unit: String,
     },
+    /// Stop a unit.
+    StopUnit {
+        /// The unit.
+        unit: String,
+    },
+    /// Stop a unit and start it again, so that it reads its configuration.
+    RestartUnit {
+        /// The unit.
+        unit: String,
+    },
+    /// Stop swapping to a file or device, if what is there fits into memory at that moment.
+    StopSwap {
+        /// Its unit.
+        unit: String,
+        /// The file or device.
+        path: String,
+    },
+    /// Set a parameter of the running kernel.
+    SetKernel {
+        /// Its name, such as `kernel.core_pattern`.
+        name: String,
+        /// Its new value.
+        value: String,
+    },
     /// Stop Docker and containerd, and what would start them again.
     StopDocker,
+    /// Stop containers that outlived Docker.
+    StopContainers,
+    /// Remove a file.
+    RemoveFile {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Move what a storage directory of Docker's holds to the data volume.
+    MigrateStorage {
+        /// From where to where.
+        place: Place,
+    },
+    /// Erase what was moved from the root disk.
+    EraseMigrated {
+        /// From where to where it was moved.
+        place: Place,
+    },
     /// Move sshd to a port, and away from all others.
     MoveSshd {
         /// The port.
@@ -115,38 +162,38 @@ pub enum Step {
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::AwaitVolume { device, seconds } => {
-                write!(f, "wait up to {seconds} s for the volume {device} to be attached")
+            Self::AwaitVolume { volume, seconds } => {
+                write!(f, "wait up to {seconds} s for a volume to be attached {volume}")
             }
             Self::RememberVolume { confirmation } => {
-                write!(f, "remember that EC2 confirmed {}", confirmation.volume_id)
+                write!(f, "remember that EC2 confirmed {}", confirmation.ids())
             }
             Self::ForgetVolume => f.write_str("forget that EC2 confirmed a volume"),
-            Self::FormatVolume { volume_id, filesystem, onto, .. } => {
+            Self::FormatVolume { volumes, filesystem, onto, .. } => {
                 let filesystem = filesystem.as_str();
                 match onto {
                     Onto::Blank => {
-                        write!(f, "format the blank volume {volume_id} with {filesystem}")
+                        write!(f, "format the blank volume {volumes} with {filesystem}")
                     }
                     Onto::Unfinished => {
                         write!(
                             f,
-                            "finish formatting {volume_id} with {filesystem}, which was interrupted"
+                            "finish formatting {volumes} with {filesystem}, which was interrupted"
                         )
                     }
                     Onto::Unrecognised => write!(
                         f,
-                        "format {volume_id} with {filesystem}, over what nothing recognises there, as \
+                        "format {volumes} with {filesystem}, over what nothing recognises there, as \
                          volume.format_unrecognised allows"
                     ),
                 }
             }
-            Self::ForgetFormat { volume_id } => {
-                write!(f, "remove what is kept of the finished format of {volume_id}")
+            Self::ForgetFormat { volumes } => {
+                write!(f, "remove what is kept of the finished format of {volumes}")
             }
-            Self::GrowFilesystem { volume_id, mount_point, .. } => {
+            Self::GrowFilesystem { volumes, mount_point, .. } => {
                 let place = mount_point.display();
-                write!(f, "enlarge the filesystem on {place} to the size of {volume_id}")
+                write!(f, "enlarge the filesystem on {place} to the size of {volumes}")
             }
             Self::PrepareMountPoint { path } => {
                 write!(f, "make {} an empty, immutable directory", path.display())
@@ -156,9 +203,24 @@ impl fmt::Display for Step {
                 write!(f, "make the directory {} (mode {mode:04o})", path.display())
             }
             Self::ReloadManager => f.write_str("make systemd read its units again"),
-            Self::MountVolume { unit, volume_id, .. } => write!(f, "mount {volume_id} ({unit})"),
+            Self::MountVolume { unit, volumes, .. } => write!(f, "mount {volumes} ({unit})"),
             Self::StartUnit { unit } => write!(f, "start {unit}"),
+            Self::StopUnit { unit } => write!(f, "stop {unit}"),
+            Self::RestartUnit { unit } => write!(f, "restart {unit}"),
+            Self::StopSwap { path, .. } => write!(f, "stop swapping to {path}"),
+            Self::SetKernel { name, value } => write!(f, "set {name} to {value}"),
             Self::StopDocker => f.write_str("stop Docker and containerd"),
+            Self::StopContainers => f.write_str("stop the containers that outlive Docker"),
+            Self::RemoveFile { path } => write!(f, "remove {}", path.display()),
+            Self::MigrateStorage { place: Place { directory, target, volumes } } => write!(
+                f,
+                "move the data of {} to {} on {volumes}",
+                directory.display(),
+                target.display()
+            ),
+            Self::EraseMigrated { place } => {
+                write!(f, "overwrite and remove the old copy {}", place.left().display())
+            }
             Self::MoveSshd { port } => write!(f, "move sshd to port {port}"),
         }
     }
@@ -176,22 +238,31 @@ pub async fn apply(step: &Step, cx: &Context) -> Result<()> {
         Step::AwaitVolume { seconds, .. } => await_volume(cx, *seconds).await,
         Step::RememberVolume { confirmation } => cache::write(confirmation),
         Step::ForgetVolume => files::remove(Path::new(cache::PATH)),
-        Step::FormatVolume { volume_id, filesystem, uuid, onto } => {
-            format_volume(cx, volume_id, *filesystem, *uuid, *onto).await
+        Step::FormatVolume { volumes, filesystem, uuid, onto } => {
+            format_volume(cx, volumes, *filesystem, *uuid, *onto).await
         }
-        Step::ForgetFormat { volume_id } => format::forget(volume_id),
-        Step::GrowFilesystem { volume_id, filesystem, mount_point } => {
-            growth::grow(volume_id, *filesystem, mount_point).await
+        Step::ForgetFormat { volumes } => format::forget(volumes),
+        Step::GrowFilesystem { volumes, filesystem, mount_point } => {
+            let device = volume::find_again(cx, volumes).await?;
+            growth::grow(&device, *filesystem, mount_point).await
         }
         Step::PrepareMountPoint { path } => prepare_mount_point(path),
         Step::WriteFile { path, content, mode } => files::write_atomic(path, content, *mode),
-        Step::MakeDirectory { path, mode, volume_id } => make_directory(path, *mode, volume_id),
-        Step::ReloadManager => cx.host.systemd().await?.reload_manager().await,
-        Step::MountVolume { unit, link, volume_id } => {
-            mount_volume(cx, unit, link, volume_id).await
+        Step::MakeDirectory { path, mode, volumes } => {
+            make_directory(cx, path, *mode, volumes).await
         }
+        Step::ReloadManager => cx.host.systemd().await?.reload_manager().await,
+        Step::MountVolume { unit, link, volumes } => mount_volume(cx, unit, link, volumes).await,
         Step::StartUnit { unit } => cx.host.systemd().await?.start(unit, UNIT_DEADLINE).await,
+        Step::StopUnit { unit } => cx.host.systemd().await?.stop(unit, UNIT_DEADLINE).await,
+        Step::RestartUnit { unit } => cx.host.systemd().await?.restart(unit, UNIT_DEADLINE).await,
+        Step::StopSwap { unit, path } => stop_swap(cx, unit, path).await,
+        Step::SetKernel { name, value } => kernel::set(name, value),
         Step::StopDocker => stop_docker(cx).await,
+        Step::StopContainers => processes::stop_containers().await,
+        Step::RemoveFile { path } => files::remove(path),
+        Step::MigrateStorage { place } => migrate_storage(cx, place).await,
+        Step::EraseMigrated { place } => erase_migrated(cx, place).await,
         Step::MoveSshd { port } => sshd::move_port(cx.host.systemd().await?, *port).await,
     }
 }
@@ -210,8 +281,7 @@ async fn await_volume(cx: &Context, seconds: u32) -> Result<()> {
     loop {
         let disks = block::disks()?;
         let volumes = cx.aws.attached_volumes(&disks).await;
-        let missing = missing(&cx.config, &disks, volumes.known().map_err(|u| u.0));
-        let Some(missing) = missing else { return Ok(()) };
+        let Some(missing) = missing(cx).await else { return Ok(()) };
         if missing != said {
             info!(control = "data-volume", "{missing}; waiting for it");
             said.clone_from(&missing);
@@ -245,30 +315,18 @@ async fn await_volume(cx: &Context, seconds: u32) -> Result<()> {
     }
 }
 
-/// What is still missing of the volume, if anything is.
-fn missing(
-    config: &Config,
-    disks: &[block::Disk],
-    volumes: Result<&Vec<crate::aws::ec2::AttachedVolume>, String>,
-) -> Option<String> {
-    let device = &config.volume.device;
-    let volumes = match volumes {
-        Ok(volumes) => volumes,
-        Err(why) => return Some(format!("whether {device} is attached is not known ({why})")),
+/// What is still missing of the volume, if anything is. What is wrong with it is nothing to wait for.
+async fn missing(cx: &Context) -> Option<String> {
+    let device = match volume::look(cx).await {
+        Ok(State::Missing(misfit)) => return Some(misfit.observed),
+        Ok(State::Unfit(_)) => return None,
+        Ok(State::Fit(fit)) => fit.device,
+        Err(e) => return Some(format!("{e:#}")),
     };
-    let here = volumes.iter().find(|v| v.device.as_deref().is_some_and(|d| device.is(d)));
-    let Some(volume) = here else { return Some(format!("EC2 has no volume attached as {device}")) };
-    if volume.attachment.as_deref() != Some("attached") {
-        return Some(format!("EC2 has not finished attaching {} as {device}", volume.volume_id));
-    }
-    let id = &volume.volume_id;
-    match disks.iter().find(|d| d.volume_id().as_ref() == Some(id)) {
-        None => Some(format!("the kernel has no disk with the serial number of {id}")),
-        Some(disk) => match block::link_by_id(disk) {
-            Ok(Some(_)) => None,
-            Ok(None) => Some(format!("udev has not made the link to {id} yet")),
-            Err(e) => Some(format!("{e:#}")),
-        },
+    match chain::stable_name(&device.layer) {
+        Ok(Some(_)) => None,
+        Ok(None) => Some(format!("udev has not made the link to {} yet", device.volumes)),
+        Err(e) => Some(format!("{e:#}")),
     }
 }
 
@@ -276,15 +334,18 @@ fn missing(
 /// disk; that unrecognised content may be destroyed is asked of the configuration again here.
 async fn format_volume(
     cx: &Context,
-    volume_id: &VolumeId,
+    volumes: &Volumes,
     filesystem: Filesystem,
     uuid: uuid::Uuid,
     onto: Onto,
 ) -> Result<()> {
-    let allowed = cx.config.volume.format_unrecognised.contains(volume_id);
+    let device = volume::find_again(cx, volumes).await?;
+    let named = &cx.config.volume.format_unrecognised;
+    let allowed = volumes.ids().iter().all(|id| named.contains(id));
     let instance_id = cx.aws.identity().await?.instance_id.clone();
-    let volume_id = volume_id.clone();
-    format::format(&Order { volume_id, filesystem, uuid, onto, allowed, instance_id }).await
+    let volumes = volumes.clone();
+    let order = Order { volumes, filesystem, uuid, onto, allowed, instance_id };
+    format::format(&order, &device).await
 }
 
 /// Docker's units in the order in which they are stopped: the socket first, because it would start
@@ -301,23 +362,132 @@ async fn stop_docker(cx: &Context) -> Result<()> {
     Ok(())
 }
 
+async fn stop_swap(cx: &Context, unit: &str, path: &str) -> Result<()> {
+    // By the kernel's table alone: a swap that cannot be looked at any more can still be stopped.
+    let used = swap::in_use()?.into_iter().find(|(name, _)| name == path).map(|(_, used)| used);
+    let Some(used) = used else { return Ok(()) };
+    let available = swap::available_memory()?;
+    ensure!(
+        swap::fits(used, available),
+        "{path} holds {} MiB, and only {} MiB of memory are available; stop what takes memory",
+        used >> 20,
+        available >> 20
+    );
+    cx.host.systemd().await?.stop(unit, UNIT_DEADLINE).await
+}
+
+/// The step after which Docker's data is elsewhere. That nothing of Docker's runs, uses the directory
+/// or is mounted in it is proven here; the rest, on what is on the disks, where it is moved.
+async fn migrate_storage(cx: &Context, place: &Place) -> Result<()> {
+    let device = volume::find_again(cx, &place.volumes).await?.number();
+    let systemd = cx.host.systemd().await?;
+    for unit in DOCKER_UNITS {
+        ensure!(!systemd.unit(unit).await?.is_up(), "{unit} is up again");
+    }
+    let containers = processes::containers()?;
+    ensure!(containers.is_empty(), "containers run: {}", containers.join(", "));
+    let directory = &place.directory;
+    ensure!(mounts::at(directory)?.is_empty(), "something is mounted on {}", directory.display());
+    // What is left of containers; the last first. By systemd, so that every namespace sees it.
+    for mount in mounts::all()?.into_iter().rev() {
+        let point = Path::new(&mount.mount_point);
+        if !point.starts_with(directory) {
+            continue;
+        }
+        ensure!(
+            NOT_ON_DISK.contains(&mount.fs_type.as_str()),
+            "{} is mounted from the device {} inside of {}; unmount it, and see what mounts it",
+            mount.mount_point,
+            mount.device,
+            directory.display()
+        );
+        systemd.stop(&mounts::unit_name(point, "mount"), UNIT_DEADLINE).await?;
+    }
+    let place = place.clone();
+    watched("docker-storage", move |progress| {
+        let idle = || {
+            let users = processes::users_of(&place.directory)?;
+            ensure!(
+                users.is_empty(),
+                "{} is in use: {}",
+                place.directory.display(),
+                users.join("; ")
+            );
+            Ok(())
+        };
+        migration::migrate(&place, device, &idle, progress)
+    })
+    .await
+}
+
+/// The other step that destroys data: only what is proven to be on the confirmed volume, and in use.
+async fn erase_migrated(cx: &Context, place: &Place) -> Result<()> {
+    let device = volume::find_again(cx, &place.volumes).await?.number();
+    // Both directories are mounted from the volume that EC2 confirmed for this instance.
+    gate::check(&cx.config.volume).context("the gate is closed")?;
+    let there = |path: &Path| -> Result<_> {
+        use std::os::unix::fs::MetadataExt as _;
+        let meta =
+            std::fs::metadata(path).with_context(|| format!("looking at {}", path.display()))?;
+        Ok((block::DevNum::of(meta.dev()), meta.ino()))
+    };
+    let (seen, target) = (there(&place.directory)?, there(&place.target)?);
+    ensure!(
+        seen == target && seen.0 == device,
+        "{} is not what is seen at {}",
+        place.target.display(),
+        place.directory.display()
+    );
+    let place = place.clone();
+    watched("docker-storage", move |progress| migration::erase(&place, device, progress)).await
+}
+
+/// How long work of no known length may make no progress. A flush of all memory to a slow volume makes
+/// none either.
+const STALLED: Duration = Duration::from_secs(900);
+
+/// Between two lines about progress.
+const SAY_EVERY: Duration = Duration::from_secs(5);
+
+/// Does long work in a thread, says how far it is, and gives it up when it stands still.
+async fn watched<T: Send + 'static>(
+    control: &'static str,
+    work: impl FnOnce(&Progress) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let progress = Arc::new(Progress::default());
+    let shared = Arc::clone(&progress);
+    let mut thread = tokio::task::spawn_blocking(move || work(&shared));
+    let (mut moves, mut since) = (0, Instant::now());
+    loop {
+        tokio::select! {
+            result = &mut thread => return result.context("the work ended without a result")?,
+            () = sleep(SAY_EVERY) => {}
+        }
+        if progress.moves() != moves {
+            (moves, since) = (progress.moves(), Instant::now());
+            info!(control, "{}", progress.text());
+        } else if since.elapsed() > STALLED {
+            progress.cancel();
+            bail!("{}: no progress for {} s", progress.text(), STALLED.as_secs());
+        }
+    }
+}
+
 fn prepare_mount_point(path: &Path) -> Result<()> {
     ensure!(mounts::at(path)?.is_empty(), "something is mounted on {}", path.display());
     files::prepare_mount_point(path)
 }
 
-fn make_directory(path: &Path, mode: u32, volume_id: &VolumeId) -> Result<()> {
-    let disk = block::disk_of_volume(volume_id)?
-        .with_context(|| format!("the kernel has no disk with the serial number of {volume_id}"))?;
-    files::make_directory_on(path, mode, disk.number)
+async fn make_directory(cx: &Context, path: &Path, mode: u32, volumes: &Volumes) -> Result<()> {
+    let device = volume::find_again(cx, volumes).await?;
+    files::make_directory_on(path, mode, device.number())
 }
 
-async fn mount_volume(cx: &Context, unit: &str, link: &Path, volume_id: &VolumeId) -> Result<()> {
-    let disk = block::disk_of_volume(volume_id)?
-        .with_context(|| format!("the kernel has no disk with the serial number of {volume_id}"))?;
+async fn mount_volume(cx: &Context, unit: &str, link: &Path, volumes: &Volumes) -> Result<()> {
+    let device = volume::find_again(cx, volumes).await?;
     let leads_to =
         std::fs::metadata(link).with_context(|| format!("looking at {}", link.display()))?;
     let number = block::DevNum::of(std::os::unix::fs::MetadataExt::rdev(&leads_to));
-    ensure!(number == disk.number, "{} leads to {number}, not to {volume_id}", link.display());
+    ensure!(number == device.number(), "{} leads to {number}, not to {volumes}", link.display());
     cx.host.systemd().await?.start(unit, UNIT_DEADLINE).await
 }

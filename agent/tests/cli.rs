@@ -297,7 +297,7 @@ fn fragments_are_read_after_the_file_in_the_order_of_their_names() {
 
 #[test]
 fn wrong_usage() {
-    let table: [&[&str]; 14] = [
+    let table: [&[&str]; 17] = [
         &[],
         &["nonsense"],
         &["--nonsense"],
@@ -310,6 +310,9 @@ fn wrong_usage() {
         &["plan", "--only", "Sshd-Port"],
         &["plan", "--only", "sshd-port", "--skip", "sshd-port"],
         &["gate", "--format", "json"],
+        &["explain"],
+        &["explain", "nonsense"],
+        &["explain", "sshd-port", "data-volume"],
         &["config"],
         &["config", "nonsense"],
     ];
@@ -323,7 +326,8 @@ fn wrong_usage() {
 
 #[test]
 fn help_and_version() {
-    let commands = ["provision", "plan", "verify", "gate", "status", "controls", "config"];
+    let commands =
+        ["provision", "plan", "verify", "explain", "gate", "status", "controls", "config"];
     let help = run(&mut hostagent(&["--help"]));
     assert_eq!((help.status, help.stderr.as_str()), (Some(0), ""));
     for command in commands {
@@ -396,8 +400,9 @@ impl Nobody {
 #[test]
 fn what_is_roots_is_refused_to_others() {
     let nobody = Nobody::new();
-    for name in ROOTS {
-        let ended = run(&mut nobody.hostagent(&[name]));
+    for args in ROOTS.map(|name| vec![name]).into_iter().chain([vec!["explain", "data-volume"]]) {
+        let name = args[0];
+        let ended = run(&mut nobody.hostagent(&args));
         assert_eq!(ended.status, Some(77), "{name}: {ended:?}");
         assert_eq!(ended.stdout, "", "{name}");
         assert_eq!(ended.stderr, format!("hostagent: `hostagent {name}` must be run as root\n"));

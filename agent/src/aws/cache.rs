@@ -8,32 +8,51 @@ use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::host::block::VolumeId;
+use crate::host::block::{VolumeId, Volumes};
 use crate::host::files;
 
 /// Where it is kept.
 pub const PATH: &str = "/var/lib/hostagent/volume.json";
 
-/// EC2's confirmation that a volume is the encrypted data volume of an instance.
+/// EC2's confirmation that these volumes are the encrypted data volumes of an instance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Confirmation {
     /// The form of this file.
     pub version: u32,
-    /// The volume.
-    pub volume_id: VolumeId,
+    /// The volumes, in the order of their ids.
+    pub volumes: Vec<Confirmed>,
     /// The instance it was confirmed for.
     pub instance_id: String,
-    /// The key it is encrypted with.
-    pub kms_key_id: Option<String>,
+    /// The boot it was confirmed in, where it holds in that boot only: on Xen neither the disks nor
+    /// the firmware tell who they are.
+    pub boot_id: Option<String>,
     /// When EC2 said so.
     pub confirmed_at: Timestamp,
 }
 
+/// One confirmed volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Confirmed {
+    /// The volume.
+    pub volume_id: VolumeId,
+    /// The key it is encrypted with.
+    pub kms_key_id: Option<String>,
+    /// The kernel's name of its disk, where no serial number tells it.
+    pub disk: Option<String>,
+}
+
 /// The form of file that this program writes and reads.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 impl Confirmation {
+    /// The volumes' ids.
+    #[must_use]
+    pub fn ids(&self) -> Volumes {
+        self.volumes.iter().map(|v| v.volume_id.clone()).collect::<Vec<_>>().into()
+    }
+
     /// Whether it says the same, whenever it was said.
     #[must_use]
     pub fn same_as(&self, other: &Self) -> bool {

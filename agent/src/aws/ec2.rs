@@ -39,6 +39,10 @@ pub struct AttachedVolume {
     pub kms_key_id: Option<String>,
     /// How many instances it is attached to.
     pub attachments: usize,
+    /// `Size`, in GiB.
+    pub size_gib: Option<u32>,
+    /// `Tags`
+    pub tags: BTreeMap<String, String>,
 }
 
 /// Asks for one instance. By filter and page, which draws on EC2's larger request bucket; an empty
@@ -111,6 +115,12 @@ pub(super) async fn attached_volumes(
                 encrypted: volume.encrypted(),
                 kms_key_id: volume.kms_key_id().map(str::to_owned),
                 attachments: volume.attachments().len(),
+                size_gib: volume.size().and_then(|gib| u32::try_from(gib).ok()),
+                tags: volume
+                    .tags()
+                    .iter()
+                    .filter_map(|t| Some((t.key()?.to_owned(), t.value()?.to_owned())))
+                    .collect(),
             });
         }
     }

@@ -9,8 +9,10 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::values::{DeviceName, KeyArn, MountPoint, Name, Port, Seconds};
-use super::{Config, DEFAULT_PATH, Filesystem, Tenancy, VolumeId};
+use super::values::{
+    AssembledDevice, DeviceName, KeyArn, MountPoint, Name, OneOrMore, Port, Seconds, Tag,
+};
+use super::{Config, DEFAULT_PATH, Filesystem, Migrate, RootEncryption, Select, Tenancy, VolumeId};
 
 /// One file's content: every key optional, an unknown key an error.
 #[derive(Debug, Default, Deserialize)]
@@ -20,6 +22,10 @@ struct File {
     instance: FileInstance,
     #[serde(deserialize_with = "section")]
     volume: FileVolume,
+    #[serde(deserialize_with = "section")]
+    root: FileRoot,
+    #[serde(deserialize_with = "section")]
+    docker: FileDocker,
     #[serde(deserialize_with = "section")]
     sshd: FileSshd,
     #[serde(deserialize_with = "section")]
@@ -60,13 +66,49 @@ struct FileInstance {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct FileVolume {
-    device: Option<DeviceName>,
+    device: Option<OneOrMore<DeviceName>>,
+    id: Option<OneOrMore<VolumeId>>,
+    tag: Option<Tag>,
+    assembled: Option<AssembledDevice>,
     mount_point: Option<MountPoint>,
     filesystem: Option<Filesystem>,
     grow: Option<bool>,
     format_unrecognised: Option<Vec<VolumeId>>,
     kms_keys: Option<Vec<KeyArn>>,
     wait_seconds: Option<Seconds>,
+}
+
+impl FileVolume {
+    /// The volume is chosen in one way; two would leave open which one counts.
+    fn check(&self, file: &Path) -> Result<(), ConfigError> {
+        let ways = [
+            ("volume.device", self.device.is_some()),
+            ("volume.id", self.id.is_some()),
+            ("volume.tag", self.tag.is_some()),
+        ];
+        let mut ways = ways.into_iter().filter(|(_, used)| *used).map(|(key, _)| key);
+        match (ways.next(), ways.next()) {
+            (Some(one), Some(other)) => Err(ConfigError {
+                file: file.to_path_buf(),
+                line: None,
+                key: Some(other.to_owned()),
+                reason: format!("stands beside {one}; choose the volume in one way only"),
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct FileRoot {
+    encryption: Option<RootEncryption>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct FileDocker {
+    migrate: Option<Migrate>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -113,9 +155,14 @@ fn set<T>(target: &mut T, value: Option<T>) {
 
 impl Config {
     fn apply(&mut self, file: File) {
-        let File { instance, volume, sshd, signal, run } = file;
+        let File { instance, volume, root, docker, sshd, signal, run } = file;
         set(&mut self.instance.tenancy, instance.tenancy.map(|t| t.0));
-        set(&mut self.volume.device, volume.device);
+        // What a later file says of the choice replaces all of it.
+        let select = (volume.device.map(|d| Select::Device(d.0)))
+            .or(volume.id.map(|ids| Select::Id(ids.0)))
+            .or(volume.tag.map(Select::Tag));
+        set(&mut self.volume.select, select);
+        set(&mut self.volume.assembled, volume.assembled.map(Some));
         set(&mut self.volume.mount_point, volume.mount_point);
         set(&mut self.volume.filesystem, volume.filesystem);
         set(&mut self.volume.grow, volume.grow);
@@ -125,6 +172,8 @@ impl Config {
             volume.kms_keys.map(|keys| keys.into_iter().map(|key| key.0).collect()),
         );
         set(&mut self.volume.wait_seconds, volume.wait_seconds);
+        set(&mut self.root.encryption, root.encryption);
+        set(&mut self.docker.migrate, docker.migrate);
         set(&mut self.sshd.port, sshd.port);
         let text = |name: Option<Name>| name.map(|n| Some(n.0));
         set(&mut self.signal.stack, text(signal.stack));
@@ -147,6 +196,19 @@ impl Config {
                 "volume.wait_seconds",
                 "is not shorter than run.deadline_seconds, so the run would end while it waits; \
                  shorten the one or lengthen the other",
+            ));
+        }
+        let several = match &self.volume.select {
+            Select::Device(names) => names.len() > 1,
+            Select::Id(ids) => ids.len() > 1,
+            // How many carry it is known only to EC2.
+            Select::Tag(_) => false,
+        };
+        if several && self.volume.assembled.is_none() {
+            return Err(together(
+                "volume.assembled",
+                "is not set, and several volumes are chosen; name the device that stands on them, \
+                 such as \"/dev/mapper/data\"",
             ));
         }
         Ok(())
@@ -205,7 +267,9 @@ pub fn load(path: Option<&Path>) -> Result<Loaded, ConfigError> {
     let mut config = Config::default();
     for file in &files {
         let text = read_trusted(file)?;
-        config.apply(parse(file, &text)?);
+        let parsed = parse(file, &text)?;
+        parsed.volume.check(file)?;
+        config.apply(parsed);
     }
     config.check_whole(files.last().map_or(main, PathBuf::as_path))?;
     Ok(Loaded { config, files })
@@ -340,6 +404,15 @@ mod tests {
             ("[volume]\nmount_point = \"/a\\nb\"\n", "volume.mount_point: may hold only"),
             ("[volume]\ndevice = \"/dev/nvme1n1\"\n", "volume.device: is a kernel name"),
             ("[volume]\ndevice = \"sdf\"\n", "volume.device: must be EC2's"),
+            ("[volume]\ndevice = []\n", ":2: volume.device: is an empty list"),
+            (
+                "[volume]\ndevice = [\"/dev/sdf\", \"/dev/sdf\"]\n",
+                ":2: volume.device: names /dev/sdf twice",
+            ),
+            ("[volume]\nid = \"vol-1\"\n", ":2: volume.id: \"vol-1\" is not a volume id"),
+            ("[volume]\nid = 1\n", ":2: volume.id: invalid type: integer"),
+            ("[volume]\ntag = \"x\"\n", ":2: volume.tag: must be a tag's key and value"),
+            ("[volume]\nassembled = \"/dev/../x\"\n", ":2: volume.assembled: must be the path"),
             ("[volume]\nfilesystem = \"ntfs\"\n", ":2: volume.filesystem: unknown variant `ntfs`"),
             ("[volume]\ngrow = \"yes\"\n", ":2: volume.grow: invalid type: string"),
             (
@@ -347,8 +420,10 @@ mod tests {
                 ":2: volume.format_unrecognised: \"/dev/sdf\" is not a volume id",
             ),
             ("[volume]\nformat_unrecognised = true\n", ":2: volume.format_unrecognised: invalid"),
+            ("[root]\nencryption = \"maybe\"\n", ":2: root.encryption: unknown variant `maybe`"),
             ("[volume]\nkms_keys = [\n \"alias/x\"]\n", ":2: volume.kms_keys: must be the ARN"),
             ("[volume]\nwait_seconds = -1\n", ":2: volume.wait_seconds: -1 is out of range"),
+            ("[docker]\nmigrate = \"yes\"\n", ":2: docker.migrate: unknown variant `yes`"),
             ("[instance]\ntenancy = []\n", ":2: instance.tenancy: must name at least one"),
             ("[instance]\ntenancy = [\"default\"]\n", ":2: instance.tenancy: unknown variant"),
             ("[signal]\nstack = \"\"\n", ":2: signal.stack: must not be empty"),
@@ -369,7 +444,9 @@ mod tests {
         );
         config.apply(parse(Path::new("b"), "[sshd]\nport = 2200\n").unwrap());
         assert_eq!(config.sshd.port.get(), 2200);
-        assert_eq!(config.volume.device.as_str(), "/dev/sdg");
+        assert_eq!(config.volume.select.to_string(), "as /dev/sdg");
+        config.apply(parse(Path::new("c"), "[volume]\ntag = \"Use=phi=1\"").unwrap());
+        assert_eq!(config.volume.select.to_string(), "with the tag Use=phi=1");
         assert_eq!(config.volume.mount_point.as_str(), "/data");
     }
 
@@ -392,6 +469,22 @@ mod tests {
         let signal = std::mem::take(&mut config.signal);
         assert_eq!(config, Config::default());
         assert!(signal.stack.is_some() && signal.hook.is_some(), "signal keys are shown");
+    }
+
+    #[test]
+    fn the_volume_is_chosen_in_one_way() {
+        let path = Path::new("f.toml");
+        let two = "[volume]\ndevice = \"/dev/sdf\"\ntag = \"a=b\"\n";
+        let error = parse(path, two).unwrap().volume.check(path).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "f.toml: volume.tag: stands beside volume.device; choose the volume in one way only"
+        );
+        let mut config = Config::default();
+        config.apply(parse(path, "[volume]\ndevice = [\"/dev/sdf\", \"/dev/sdg\"]\n").unwrap());
+        assert!(config.check_whole(path).unwrap_err().to_string().contains("volume.assembled"));
+        config.apply(parse(path, "[volume]\nassembled = \"/dev/mapper/data\"\n").unwrap());
+        config.check_whole(path).unwrap();
     }
 
     #[test]

@@ -2,9 +2,10 @@
 //! reason why another value cannot.
 
 use std::fmt;
+use std::marker::PhantomData;
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 macro_rules! checked_string {
     ($(#[$doc:meta])* $name:ident, $check:path) => {
@@ -67,6 +68,101 @@ impl DeviceName {
     pub fn is(&self, other: &str) -> bool {
         let bare = |s: &str| s.strip_prefix("/dev/").unwrap_or(s).to_owned();
         bare(&self.0) == bare(other)
+    }
+}
+
+checked_string!(
+    /// The path of a device that stands on several volumes: LVM, md or dm-crypt.
+    AssembledDevice,
+    check_assembled
+);
+
+fn check_assembled(value: &str) -> Result<(), String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/-_.+".contains(c);
+    let rest = value.strip_prefix("/dev/").unwrap_or_default();
+    if rest.is_empty()
+        || !value.chars().all(plain)
+        || rest.split('/').any(|part| part.is_empty() || part == "." || part == "..")
+    {
+        return Err("must be the path of a device, such as \"/dev/mapper/data\"".into());
+    }
+    Ok(())
+}
+
+/// A tag that the volumes carry: its key and its value.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Tag {
+    /// The key.
+    pub key: String,
+    /// The value.
+    pub value: String,
+}
+
+impl TryFrom<String> for Tag {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((key, value)) if !key.is_empty() => {
+                Ok(Self { key: key.to_owned(), value: value.to_owned() })
+            }
+            _ => Err("must be a tag's key and value, such as \"Use=patient-data\"".into()),
+        }
+    }
+}
+
+impl fmt::Display for Tag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={}", self.key, self.value)
+    }
+}
+
+/// One value, or a list of values that is not empty and names nothing twice.
+#[derive(Debug)]
+pub(in crate::config) struct OneOrMore<T>(pub(in crate::config) Vec<T>);
+
+impl<'de, T> Deserialize<'de> for OneOrMore<T>
+where
+    T: TryFrom<String, Error = String> + PartialEq + fmt::Display,
+{
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Values<T>(PhantomData<T>);
+
+        impl<'de, T> serde::de::Visitor<'de> for Values<T>
+        where
+            T: TryFrom<String, Error = String> + PartialEq + fmt::Display,
+        {
+            type Value = OneOrMore<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string or a list of strings")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Self::Value, E> {
+                Ok(OneOrMore(vec![T::try_from(text.to_owned()).map_err(E::custom)?]))
+            }
+
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(
+                self,
+                mut list: A,
+            ) -> Result<Self::Value, A::Error> {
+                use serde::de::Error as _;
+                let mut values: Vec<T> = Vec::new();
+                while let Some(text) = list.next_element::<String>()? {
+                    let value = T::try_from(text).map_err(A::Error::custom)?;
+                    if values.contains(&value) {
+                        return Err(A::Error::custom(format!("names {value} twice")));
+                    }
+                    values.push(value);
+                }
+                if values.is_empty() {
+                    return Err(A::Error::custom("is an empty list; name at least one"));
+                }
+                Ok(OneOrMore(values))
+            }
+        }
+
+        deserializer.deserialize_any(Values(PhantomData))
     }
 }
 

@@ -1,11 +1,15 @@
 //! `boot-order`: Docker and containerd start only behind their storage and the gate, by what systemd
 //! has loaded, and nothing of them runs that the gate would not let start.
 
+use std::path::Path;
+
 use serde::Serialize;
 
-use crate::config::Config;
+use crate::config::{Config, Migrate};
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
 use crate::gate::{self, STORAGE};
+use crate::host::docker::{self, Storage};
+use crate::host::mounts;
 use crate::host::systemd::Unit;
 use crate::step::{DOCKER_UNITS, Step};
 
@@ -19,6 +23,9 @@ pub struct Facts {
     pub units: Vec<NamedUnit>,
     /// What the gate says now: why Docker may run; unknown says why it may not.
     pub gate: Fact<String>,
+    /// Data that Docker has on the root disk, where nothing is mounted yet; looked for only while the
+    /// gate is closed.
+    pub data: Fact<Option<String>>,
 }
 
 /// A unit and its name.
@@ -61,11 +68,12 @@ impl Control for BootOrder {
             units.push(NamedUnit { name, unit: Fact::new("systemd (D-Bus)", unit) });
         }
         let gate = gate::check(&cx.config.volume);
-        Facts { units, gate: Fact::new("hostagent gate", gate) }
+        let data = if gate.is_ok() { Ok(None) } else { data_on_the_root_disk() };
+        Facts { units, gate: Fact::new("hostagent gate", gate), data: Fact::new("/var/lib", data) }
     }
 
-    fn judge(&self, _: &Config, facts: &Facts) -> Result<Verdict, Unknown> {
-        let mut guarded = Vec::new();
+    fn judge(&self, config: &Config, facts: &Facts) -> Result<Verdict, Unknown> {
+        let (mut guarded, mut left) = (Vec::new(), None);
         for NamedUnit { name, unit } in &facts.units {
             let unit = unit.known()?;
             if *name == AGENT {
@@ -94,6 +102,10 @@ impl Control for BootOrder {
                 guarded.push(*name);
             }
             if let (true, Err(Unknown(why))) = (runs(name, unit), facts.gate.known()) {
+                left = stays(config, facts)?;
+                if left.is_some() {
+                    continue;
+                }
                 return Ok(Verdict::fail(
                     "nothing of Docker's runs that the gate would not let start",
                     format!("{name} is {}, and the gate says: {why}", unit.active_state),
@@ -106,10 +118,19 @@ impl Control for BootOrder {
                        drop-ins of the package wait for them";
             return Ok(Verdict::NotApplicable { why: why.into() });
         }
-        Ok(Verdict::pass(format!("{} start behind the mounts and the gate", guarded.join(" and "))))
+        let guarded = guarded.join(" and ");
+        let observed = format!("{guarded} start behind the mounts and the gate");
+        if let Some(data) = left {
+            // That the host is not ready is said by docker-storage.
+            return Ok(Verdict::pass(format!(
+                "{observed}; what runs from before is left to docker-storage, because its data \
+                 ({data}) has to be moved"
+            )));
+        }
+        Ok(Verdict::pass(observed))
     }
 
-    fn plan(&self, _: &Config, facts: &Facts) -> Result<Plan, Unknown> {
+    fn plan(&self, config: &Config, facts: &Facts) -> Result<Plan, Unknown> {
         let mut steps = Vec::new();
         for NamedUnit { unit, .. } in &facts.units {
             if unit.known()?.need_daemon_reload && steps.is_empty() {
@@ -117,15 +138,37 @@ impl Control for BootOrder {
             }
         }
         if facts.gate.known().is_err() {
+            let mut something = false;
             for NamedUnit { name, unit } in &facts.units {
-                if *name != AGENT && runs(name, unit.known()?) && !steps.contains(&Step::StopDocker)
-                {
-                    steps.push(Step::StopDocker);
-                }
+                something |= *name != AGENT && runs(name, unit.known()?);
+            }
+            if something && stays(config, facts)?.is_none() {
+                steps.push(Step::StopDocker);
             }
         }
         Ok(Plan::steps(steps))
     }
+}
+
+/// The data for the sake of which a Docker that runs off the volume is not stopped here: whether it
+/// can be moved is decided, before anything stops, by docker-storage.
+fn stays<'a>(config: &Config, facts: &'a Facts) -> Result<Option<&'a str>, Unknown> {
+    if facts.gate.known().is_ok() || config.docker.migrate == Migrate::Never {
+        return Ok(None);
+    }
+    Ok(facts.data.known()?.as_deref())
+}
+
+fn data_on_the_root_disk() -> anyhow::Result<Option<String>> {
+    for (path, _) in STORAGE {
+        let path = Path::new(path);
+        if mounts::at(path)?.is_empty()
+            && let Storage::Used(what) = docker::storage(path)?
+        {
+            return Ok(Some(what));
+        }
+    }
+    Ok(None)
 }
 
 /// Whether systemd could start the unit at all.
@@ -199,6 +242,7 @@ mod tests {
         Facts {
             units: DOCKER_UNITS.into_iter().chain([AGENT]).map(unit).collect(),
             gate: Fact::new("t", gate),
+            data: Fact::new("t", Ok(None)),
         }
     }
 
@@ -229,6 +273,23 @@ mod tests {
         assert_eq!(plan, Plan::Steps(vec![Step::StopDocker]));
         let plan = BootOrder.plan(&Config::default(), &facts("active", OPEN)).unwrap();
         assert_eq!(plan, Plan::Nothing);
+    }
+
+    #[test]
+    fn docker_with_data_to_be_moved_is_left_to_who_moves_it() {
+        let mut facts = facts("active", CLOSED);
+        facts.data = Fact::new("t", Ok(Some("/var/lib/docker/volumes/v".into())));
+        let verdict = BootOrder.judge(&Config::default(), &facts).unwrap();
+        assert_eq!(verdict.word(), "pass");
+        assert!(verdict.sentence().contains("/var/lib/docker/volumes/v"), "{verdict:?}");
+        assert_eq!(BootOrder.plan(&Config::default(), &facts), Ok(Plan::Nothing));
+        // Never moved, it must not run.
+        let mut never = Config::default();
+        never.docker.migrate = Migrate::Never;
+        assert_eq!(BootOrder.judge(&never, &facts).unwrap().word(), "fail");
+        assert_eq!(BootOrder.plan(&never, &facts), Ok(Plan::Steps(vec![Step::StopDocker])));
+        facts.data = Fact::new("t", Err(anyhow!("EIO")));
+        assert_eq!(word(&facts), "unknown");
     }
 
     type Hole = fn(&mut Unit);

@@ -10,13 +10,14 @@ use std::time::Duration;
 use anyhow::Result;
 use serde::Serialize;
 
-use super::data_volume;
 use crate::config::{Config, Filesystem};
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
-use crate::host::block::{self, Disk, VolumeId};
+use crate::host::block::{self, VolumeId, Volumes};
 use crate::host::content::{self, Content, Inspection};
+use crate::host::device::DataDevice;
 use crate::host::format::{self, Intent, Onto};
 use crate::step::Step;
+use crate::volume;
 
 /// See the module.
 pub struct DataFilesystem;
@@ -31,8 +32,8 @@ const LONG: Duration = Duration::from_secs(300);
 pub struct Facts {
     /// Which instance this is.
     pub instance_id: Fact<String>,
-    /// The data volume's disk.
-    pub disk: Fact<Disk>,
+    /// The data volume's device.
+    pub device: Fact<DataDevice>,
     /// Who uses it.
     pub users: Fact<Vec<String>>,
     /// What is on it.
@@ -61,42 +62,45 @@ impl Control for DataFilesystem {
         let filesystem = cx.config.volume.filesystem;
         let limit = if cx.deadline.is_some() { LONG } else { BRIEF };
         let instance_id = cx.aws.identity().await.map(|identity| identity.instance_id.clone());
-        let disk = data_volume::fit_disk(cx).await;
-        let volume = disk.as_ref().ok().and_then(Disk::volume_id);
-        let mut intent = volume.as_ref().map_or_else(no_disk, format::intent);
-        let (users, mut content) = match &disk {
-            Ok(disk) => (block::users(disk), content::inspect(disk, None, limit).await),
-            Err(_) => (no_disk(), no_disk()),
+        let device = volume::find(cx).await;
+        let volumes = device.as_ref().ok().map(|device| &device.volumes);
+        let mut intent = volumes.map_or_else(no_device, format::intent);
+        let (users, mut content) = match &device {
+            Ok(device) => {
+                (block::users(device.number()), content::inspect(device, None, limit).await)
+            }
+            Err(_) => (no_device(), no_device()),
         };
         // Only what nothing recognises can be an interrupted format of ours: it is compared with
         // what was about to be written.
-        if let (Ok(seen), Ok(disk), Ok(Some(begun)), Ok(instance_id)) =
-            (&content, &disk, &intent, &instance_id)
+        if let (Ok(seen), Ok(device), Ok(Some(begun)), Ok(instance_id)) =
+            (&content, &device, &intent, &instance_id)
             && matches!(seen.content, Content::Unrecognised { .. })
-            && begun.is_for(instance_id, disk, filesystem)
+            && begun.is_for(instance_id, device, filesystem)
         {
             match format::image_of(begun).await {
-                Ok(image) => content = content::inspect(disk, Some(image), limit).await,
+                Ok(image) => content = content::inspect(device, Some(image), limit).await,
                 Err(e) => intent = Err(e),
             }
         }
+        let remains = volumes.map_or_else(no_device, format::remains);
         Facts {
             instance_id: Fact::new("instance metadata", instance_id),
-            disk: Fact::new("/sys/block", disk),
+            device: Fact::new("/sys/block", device),
             users: Fact::new("/sys/block, /proc/self/mountinfo, /proc/swaps", users),
             content: Fact::new("the disk itself, and blkid -p", content),
             intent: Fact::new(format::DIR, intent),
-            remains: Fact::new(format::DIR, volume.as_ref().map_or_else(no_disk, format::remains)),
+            remains: Fact::new(format::DIR, remains),
             tool: Fact::new(format::tool(filesystem).0, format::installed(filesystem)),
         }
     }
 
     fn judge(&self, config: &Config, facts: &Facts) -> Result<Verdict, Unknown> {
-        let disk = facts.disk.known()?;
-        let id = disk.volume_id().ok_or_else(|| Unknown("the disk has no volume id".into()))?;
+        let device = facts.device.known()?;
+        let id = &device.volumes;
         let kind = config.volume.filesystem.as_str();
         let seen = facts.content.known()?;
-        if is_ours(&seen.content, kind, &id) {
+        if is_ours(&seen.content, kind, id) {
             if seen.entry_types != Some(true) {
                 return Ok(Verdict::fail(
                     format!("{kind} that keeps the types of directory entries"),
@@ -115,44 +119,44 @@ impl Control for DataFilesystem {
         };
         Ok(Verdict::fail(
             format!("{kind} with the UUID {}, which hostagent gives to {id}", id.filesystem_uuid()),
-            describe(&seen.content, &id),
+            describe(&seen.content, id),
             match &seen.content {
                 Content::Blank { .. } | Content::Unfinished { .. } => provision(),
-                Content::Unrecognised { .. } if is_named(config, &id) => provision(),
-                Content::Unrecognised { .. } => name_it(&id),
+                Content::Unrecognised { .. } if is_named(config, id) => provision(),
+                Content::Unrecognised { .. } => name_it(id),
                 Content::Contradiction { .. } | Content::Signature { .. } => keep(),
             },
         ))
     }
 
     fn plan(&self, config: &Config, facts: &Facts) -> Result<Plan, Unknown> {
-        let disk = facts.disk.known()?;
-        let id = disk.volume_id().ok_or_else(|| Unknown("the disk has no volume id".into()))?;
+        let device = facts.device.known()?;
+        let id = &device.volumes;
         let filesystem = config.volume.filesystem;
         let content = &facts.content.known()?.content;
-        if is_ours(content, filesystem.as_str(), &id) {
+        if is_ours(content, filesystem.as_str(), id) {
             // The filesystem is complete: its last sector was written last.
             return Ok(match facts.remains.known() {
-                Ok(true) => Plan::Steps(vec![Step::ForgetFormat { volume_id: id }]),
+                Ok(true) => Plan::Steps(vec![Step::ForgetFormat { volumes: id.clone() }]),
                 _ => Plan::Nothing,
             });
         }
-        let what = describe(content, &id);
+        let what = describe(content, id);
         let onto = match content {
             Content::Blank { .. } => Onto::Blank,
             Content::Unfinished { .. } => {
                 // The content was compared with the image of this intent; without it, it is nothing.
                 let instance_id = facts.instance_id.known()?;
                 match facts.intent.known()? {
-                    Some(intent) if intent.is_for(instance_id, disk, filesystem) => {
+                    Some(intent) if intent.is_for(instance_id, device, filesystem) => {
                         Onto::Unfinished
                     }
                     _ => return Ok(Plan::refuse(format!("{what}; what was begun is not known"))),
                 }
             }
-            Content::Unrecognised { .. } if is_named(config, &id) => {
+            Content::Unrecognised { .. } if is_named(config, id) => {
                 if let Some(copy) = facts.content.known()?.remnant_of(id.filesystem_uuid())
-                    && !is_begun(facts, disk, filesystem)
+                    && !is_begun(facts, device, filesystem)
                 {
                     return Ok(Plan::refuse(format!(
                         "{what}, but it held hostagent's own filesystem: a copy of its superblock is \
@@ -171,7 +175,7 @@ impl Control for DataFilesystem {
                     }
                     Ok(_) => String::new(),
                 };
-                return Ok(Plan::refuse(format!("{what}{interrupted}; {}", name_it(&id))));
+                return Ok(Plan::refuse(format!("{what}{interrupted}; {}", name_it(id))));
             }
             Content::Contradiction { .. } | Content::Signature { .. } => {
                 return Ok(Plan::refuse(format!("{what}; it is not formatted")));
@@ -190,42 +194,43 @@ impl Control for DataFilesystem {
         Ok(Plan::Steps(vec![Step::FormatVolume {
             uuid: id.filesystem_uuid(),
             filesystem,
-            volume_id: id,
+            volumes: id.clone(),
             onto,
         }]))
     }
 }
 
 /// Whether a format of this disk was begun and never completed.
-fn is_begun(facts: &Facts, disk: &Disk, filesystem: Filesystem) -> bool {
+fn is_begun(facts: &Facts, device: &DataDevice, filesystem: Filesystem) -> bool {
     match (facts.intent.known(), facts.instance_id.known()) {
-        (Ok(Some(intent)), Ok(instance_id)) => intent.is_for(instance_id, disk, filesystem),
+        (Ok(Some(intent)), Ok(instance_id)) => intent.is_for(instance_id, device, filesystem),
         _ => false,
     }
 }
 
 /// Whether the configuration allows unrecognised content of this volume to be destroyed.
-fn is_named(config: &Config, id: &VolumeId) -> bool {
-    config.volume.format_unrecognised.contains(id)
+fn is_named(config: &Config, id: &Volumes) -> bool {
+    id.ids().iter().all(|id| config.volume.format_unrecognised.contains(id))
 }
 
-fn name_it(id: &VolumeId) -> String {
+fn name_it(id: &Volumes) -> String {
     format!(
-        "it is not formatted unless you name it: volume.format_unrecognised = [\"{id}\"] lets \
-         hostagent destroy what is there"
+        "it is not formatted unless you name it: volume.format_unrecognised = [\"{}\"] lets \
+         hostagent destroy what is there",
+        id.ids().iter().map(VolumeId::as_str).collect::<Vec<_>>().join("\", \"")
     )
 }
 
-fn no_disk<T>() -> Result<T> {
-    Err(anyhow::anyhow!("the data volume's disk is not known"))
+fn no_device<T>() -> Result<T> {
+    Err(anyhow::anyhow!("the data volume's device is not known"))
 }
 
-fn is_ours(content: &Content, kind: &str, id: &VolumeId) -> bool {
+fn is_ours(content: &Content, kind: &str, id: &Volumes) -> bool {
     matches!(content, Content::Signature { name, uuid: Some(uuid), .. }
         if name == kind && *uuid == id.filesystem_uuid().to_string())
 }
 
-fn describe(content: &Content, id: &VolumeId) -> String {
+fn describe(content: &Content, id: &Volumes) -> String {
     match content {
         Content::Blank { read } => format!("{id} is blank ({} MiB read)", read >> 20),
         Content::Unfinished { written } => {
@@ -252,21 +257,16 @@ fn describe(content: &Content, id: &VolumeId) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::aws::ec2::AttachedVolume;
     use crate::host::block::DevNum;
+    use crate::host::device;
+    use crate::volume::{Known, State};
     use anyhow::anyhow;
     use proptest::prelude::*;
 
     const INSTANCE: &str = "i-0123456789abcdef0";
 
-    fn disk(serial: Option<&str>) -> Disk {
-        Disk {
-            name: "nvme1n1".into(),
-            number: DevNum { major: 259, minor: 1 },
-            serial: serial.map(str::to_owned),
-            model: None,
-            size: 8 << 30,
-        }
-    }
+    const DATA: DevNum = DevNum { major: 259, minor: 1 };
 
     fn inspection(content: Content) -> Inspection {
         Inspection {
@@ -284,7 +284,7 @@ mod tests {
     fn facts(content: Result<Content>, users: Result<Vec<String>>) -> Facts {
         Facts {
             instance_id: Fact::new("t", Ok(INSTANCE.into())),
-            disk: Fact::new("t", Ok(disk(Some("vol0123456789abcdef0")))),
+            device: Fact::new("t", Ok(device::example(DATA))),
             users: Fact::new("t", users),
             content: Fact::new("t", content.map(inspection)),
             intent: Fact::new("t", Ok(None)),
@@ -297,8 +297,12 @@ mod tests {
         Content::Signature { name: name.into(), uuid: uuid.map(str::to_owned), label: None }
     }
 
-    fn id() -> VolumeId {
-        disk(Some("vol0123456789abcdef0")).volume_id().unwrap()
+    fn id() -> Volumes {
+        device::example(DATA).volumes
+    }
+
+    fn other() -> Volumes {
+        VolumeId::parse("vol-0fffffffffffffff0").unwrap().into()
     }
 
     fn ours() -> String {
@@ -309,7 +313,7 @@ mod tests {
         Intent {
             version: 1,
             instance_id: INSTANCE.into(),
-            volume_id: id(),
+            volumes: id(),
             filesystem: Filesystem::Ext4,
             uuid: id().filesystem_uuid(),
             size: 8 << 30,
@@ -413,7 +417,7 @@ mod tests {
         let other: [fn(&mut Intent); 6] = [
             |i| i.version = 2,
             |i| i.instance_id = "i-0fffffffffffffff0".into(),
-            |i| i.volume_id = VolumeId::parse("vol-0fffffffffffffff0").unwrap(),
+            |i| i.volumes = other(),
             |i| i.filesystem = Filesystem::Xfs,
             |i| i.uuid = uuid::Uuid::nil(),
             |i| i.size += 4096,
@@ -502,16 +506,15 @@ mod tests {
     }
 
     fn any_intent() -> impl Strategy<Value = Option<Intent>> {
-        let volume =
-            prop_oneof![Just(id()), Just(VolumeId::parse("vol-0fffffffffffffff0").unwrap())];
+        let volumes = prop_oneof![Just(id()), Just(other())];
         let instance = prop_oneof![3 => Just(INSTANCE), 1 => Just("i-0fffffffffffffff0")];
         let size = prop_oneof![3 => Just(8_u64 << 30), 1 => Just(9_u64 << 30)];
         let filesystem = prop_oneof![3 => Just(Filesystem::Ext4), 1 => Just(Filesystem::Xfs)];
-        let intent = (volume, instance, size, filesystem).prop_map(
-            |(volume_id, instance, size, filesystem)| Intent {
-                uuid: volume_id.filesystem_uuid(),
+        let intent = (volumes, instance, size, filesystem).prop_map(
+            |(volumes, instance, size, filesystem)| Intent {
+                uuid: volumes.filesystem_uuid(),
                 instance_id: instance.to_owned(),
-                volume_id,
+                volumes,
                 size,
                 filesystem,
                 ..intent()
@@ -520,20 +523,99 @@ mod tests {
         proptest::option::of(intent)
     }
 
+    /// What decides which device is the data volume.
+    #[derive(Debug, Clone)]
+    struct Identity {
+        serial: Option<&'static str>,
+        model: Option<&'static str>,
+        device: Option<&'static str>,
+        attachment: Option<&'static str>,
+        encrypted: Option<bool>,
+        attachments: usize,
+        twice: bool,
+        is_root: bool,
+    }
+
+    fn any_identity() -> impl Strategy<Value = Identity> {
+        (
+            prop_oneof![
+                8 => Just(Some("vol0123456789abcdef0")),
+                1 => Just(None),
+                1 => Just(Some("vol0fffffffffffffff0")),
+                1 => Just(Some("AWS123")),
+            ],
+            prop_oneof![8 => Just(None), 1 => Just(Some("Amazon EC2 NVMe Instance Storage"))],
+            prop_oneof![8 => Just(Some("/dev/sdf")), 1 => Just(Some("/dev/sdg")), 1 => Just(None)],
+            prop_oneof![8 => Just(Some("attached")), 1 => Just(Some("attaching")), 1 => Just(None)],
+            prop_oneof![8 => Just(Some(true)), 1 => Just(Some(false)), 1 => Just(None)],
+            prop_oneof![8 => Just(1_usize), 1 => Just(2)],
+            prop::bool::weighted(0.1),
+            prop::bool::weighted(0.1),
+        )
+            .prop_map(
+                |(serial, model, device, attachment, encrypted, attachments, twice, is_root)| {
+                    Identity {
+                        serial,
+                        model,
+                        device,
+                        attachment,
+                        encrypted,
+                        attachments,
+                        twice,
+                        is_root,
+                    }
+                },
+            )
+    }
+
+    impl Identity {
+        /// Whether it is proven which disk the volume is, and that it may hold patient data.
+        fn is_proven(&self) -> bool {
+            self.serial == Some("vol0123456789abcdef0")
+                && self.model.is_none()
+                && self.device == Some("/dev/sdf")
+                && self.attachment == Some("attached")
+                && self.encrypted == Some(true)
+                && self.attachments == 1
+                && !self.twice
+                && !self.is_root
+        }
+
+        /// The device that hostagent finds.
+        fn device(&self) -> Result<DataDevice> {
+            let mut disk = device::example(DATA).disk().cloned().unwrap();
+            disk.serial = self.serial.map(str::to_owned);
+            disk.model = self.model.map(str::to_owned);
+            let volume = AttachedVolume {
+                volume_id: VolumeId::parse("vol-0123456789abcdef0").unwrap(),
+                device: self.device.map(str::to_owned),
+                attachment: self.attachment.map(str::to_owned),
+                encrypted: self.encrypted,
+                kms_key_id: None,
+                attachments: self.attachments,
+                size_gib: Some(8),
+                tags: [].into(),
+            };
+            let root: Vec<_> = self.is_root.then(|| disk.clone()).into_iter().collect();
+            let disks = vec![disk; 1 + usize::from(self.twice)];
+            let known = Known { attached: &[volume], disks: &disks, root: &root, assembled: None };
+            match volume::state(&Config::default(), known) {
+                Ok(State::Fit(fit)) => Ok(fit.device),
+                Ok(State::Unfit(misfit) | State::Missing(misfit)) => Err(anyhow!(misfit.observed)),
+                Err(Unknown(why)) => Err(anyhow!(why)),
+            }
+        }
+    }
+
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(4096))]
+        #![proptest_config(ProptestConfig::with_cases(8192))]
 
         /// Over every combination of facts: no plan formats unless identity and disuse are known,
         /// and blankness, or the exact unfinished image of ours, or the operator's word for what
         /// nothing recognises; and the step names the volume whose serial was seen.
         #[test]
         fn nothing_is_formatted_unless_all_is_proven(
-            serial in prop_oneof![
-                1 => Just(None),
-                3 => Just(Some("vol0123456789abcdef0")),
-                1 => Just(Some("AWS123")),
-            ],
-            known_disk in prop::bool::weighted(0.8),
+            identity in any_identity(),
             users in result(prop_oneof![
                 2 => Just(Vec::new()),
                 1 => prop::collection::vec("[a-z ]{1,8}", 0..3),
@@ -549,31 +631,30 @@ mod tests {
                 Just(naming(&["vol-0123456789abcdef0"])),
             ],
         ) {
-            let seen = disk(serial);
             let onto = match &content {
                 Ok(Content::Blank { .. }) => Some(Onto::Blank),
                 Ok(Content::Unfinished { .. }) => match (&intent, &instance) {
                     (Ok(Some(i)), Ok(_)) if i.instance_id == INSTANCE
-                        && Some(&i.volume_id) == seen.volume_id().as_ref()
-                        && i.size == seen.size
+                        && i.volumes == id()
+                        && i.size == 8 << 30
                         && i.filesystem == Filesystem::Ext4 => Some(Onto::Unfinished),
                     _ => None,
                 },
-                Ok(Content::Unrecognised { .. }) => seen
-                    .volume_id()
-                    .filter(|id| named.volume.format_unrecognised.contains(id))
-                    .map(|_| Onto::Unrecognised),
+                Ok(Content::Unrecognised { .. }) => named
+                    .volume
+                    .format_unrecognised
+                    .contains(&id().ids()[0])
+                    .then_some(Onto::Unrecognised),
                 _ => None,
             };
             let proven = onto.is_some()
-                && known_disk
-                && seen.volume_id().is_some()
+                && identity.is_proven()
                 && matches!(&users, Ok(users) if users.is_empty())
                 && matches!(tool, Ok(true));
             let error = |e: String| anyhow!(e);
             let facts = Facts {
                 instance_id: Fact::new("t", instance.map_err(error)),
-                disk: Fact::new("t", if known_disk { Ok(disk(serial)) } else { Err(anyhow!("none")) }),
+                device: Fact::new("t", identity.device()),
                 users: Fact::new("t", users.map_err(error)),
                 content: Fact::new("t", content.map(inspection).map_err(error)),
                 intent: Fact::new("t", intent.map_err(error)),
@@ -583,11 +664,11 @@ mod tests {
             match DataFilesystem.plan(&named, &facts) {
                 Ok(Plan::Steps(steps)) => match &steps[..] {
                     [Step::ForgetFormat { .. }] => prop_assert!(!proven),
-                    [Step::FormatVolume { volume_id, uuid, onto: over, .. }] => {
+                    [Step::FormatVolume { volumes, uuid, onto: over, .. }] => {
                         prop_assert!(proven);
                         prop_assert_eq!(Some(*over), onto);
-                        prop_assert_eq!(Some(volume_id.clone()), disk(serial).volume_id());
-                        prop_assert_eq!(*uuid, volume_id.filesystem_uuid());
+                        prop_assert_eq!(volumes, &id());
+                        prop_assert_eq!(*uuid, id().filesystem_uuid());
                     }
                     other => return Err(TestCaseError::fail(format!("{other:?}"))),
                 },

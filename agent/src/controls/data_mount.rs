@@ -6,14 +6,19 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde::Serialize;
 
-use super::{data_volume, unit_path};
+use super::unit_path;
 use crate::config::Config;
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
-use crate::host::block::{self, Disk};
+use crate::host::beneath::{self, Hidden};
+use crate::host::blocking;
+use crate::host::chain;
+use crate::host::device::DataDevice;
 use crate::host::files::{self, Place};
 use crate::host::mounts::{self, Mount, unit_name};
 use crate::host::systemd::Unit;
+use crate::host::tree::human;
 use crate::step::Step;
+use crate::volume;
 
 /// See the module.
 pub struct DataMount;
@@ -24,14 +29,16 @@ const OPTIONS: [&str; 3] = ["nodev", "nosuid", "noatime"];
 /// What is observed.
 #[derive(Debug, Serialize)]
 pub struct Facts {
-    /// The data volume's disk.
-    pub disk: Fact<Disk>,
-    /// The stable device file that udev made for it.
+    /// The data volume's device.
+    pub device: Fact<DataDevice>,
+    /// Its stable name, once udev has made it.
     pub link: Fact<Option<PathBuf>>,
     /// What is mounted on the mount point.
     pub mounts: Fact<Vec<Mount>>,
     /// What is at the mount point while nothing is mounted there.
     pub place: Fact<Option<Place>>,
+    /// What the mount hides, if there is a mount.
+    pub hidden: Fact<Option<Hidden>>,
     /// The content of the mount unit's file.
     pub unit_file: Fact<Option<String>>,
     /// The content of the device's time-out file.
@@ -60,14 +67,21 @@ impl Control for DataMount {
 
     async fn observe(&self, cx: &Context) -> Facts {
         let mount_point = cx.config.volume.mount_point.path();
-        let disk = data_volume::fit_disk(cx).await;
-        let link = match &disk {
-            Ok(disk) => block::link_by_id(disk),
-            Err(e) => Err(anyhow::anyhow!("the disk is not known: {e:#}")),
+        let device = volume::find(cx).await;
+        let link = match &device {
+            Ok(device) => chain::stable_name(&device.layer),
+            Err(e) => Err(anyhow::anyhow!("the device is not known: {e:#}")),
         };
         let mounts = mounts::at(mount_point);
         let place = match &mounts {
             Ok(mounts) if mounts.is_empty() => files::place(mount_point).map(Some),
+            _ => Ok(None),
+        };
+        let hidden = match &mounts {
+            Ok(mounts) if !mounts.is_empty() => {
+                let path = mount_point.to_path_buf();
+                blocking(move || beneath::hidden(&path)).await
+            }
             _ => Ok(None),
         };
         let unit_file = unit_path(&unit_name(mount_point, "mount"));
@@ -77,10 +91,11 @@ impl Control for DataMount {
         };
         let unit = async { cx.host.systemd().await?.unit(&unit_name(mount_point, "mount")).await };
         Facts {
-            disk: Fact::new("/sys/block", disk),
+            device: Fact::new("/sys/block", device),
             link: Fact::new("/dev/disk/by-id", link),
             mounts: Fact::new("/proc/self/mountinfo", mounts),
             place: Fact::new(mount_point.display().to_string(), place),
+            hidden: Fact::new(format!("beneath {}", mount_point.display()), hidden),
             unit_file: Fact::new(unit_file.display().to_string(), files::read_optional(&unit_file)),
             timeout_file: Fact::new("the device unit's drop-in", timeout_file),
             unit: Fact::new("systemd (D-Bus)", unit.await),
@@ -89,18 +104,18 @@ impl Control for DataMount {
 
     fn judge(&self, config: &Config, facts: &Facts) -> Result<Verdict, Unknown> {
         let mount_point = &config.volume.mount_point;
-        let disk = facts.disk.known()?;
+        let device = facts.device.known()?;
         let expected = format!(
             "{} mounted on {mount_point} by {}",
-            what(disk),
+            device.volumes,
             unit_name(mount_point.path(), "mount")
         );
         let remedy = "run `hostagent provision`";
-        if let Some(wrong) = wrong_mount(config, disk, facts.mounts.known()?) {
+        if let Some(wrong) = wrong_mount(config, device, facts.mounts.known()?) {
             return Ok(Verdict::fail(expected, wrong, remedy));
         }
         let Some(files) = expected_files(config, facts)? else {
-            return Err(Unknown(format!("udev has no link for {}", what(disk))));
+            return Err(Unknown(format!("udev has no link for {}", device.volumes)));
         };
         let unit = facts.unit.known()?;
         let in_force = facts.unit_file.known()?.as_ref() == Some(&files.unit.1)
@@ -115,20 +130,28 @@ impl Control for DataMount {
         if unit.active_state != "active" {
             return Err(Unknown(format!("it is mounted, but systemd says {}", unit.active_state)));
         }
-        Ok(Verdict::pass(format!("{} is mounted on {mount_point}", what(disk))))
+        if let Some(observed) = hides(config, facts.hidden.known()?.as_ref()) {
+            let remedy = format!(
+                "look at it with `mount --bind / /mnt` in /mnt{mount_point}, move it away or remove \
+                 it, and `umount /mnt`"
+            );
+            let expected = format!("nothing on the root disk beneath the mount on {mount_point}");
+            return Ok(Verdict::fail(expected, observed, remedy));
+        }
+        Ok(Verdict::pass(format!("{} is mounted on {mount_point}", device.volumes)))
     }
 
     fn plan(&self, config: &Config, facts: &Facts) -> Result<Plan, Unknown> {
         let mount_point = &config.volume.mount_point;
-        let disk = facts.disk.known()?;
+        let device = facts.device.known()?;
         let mounts = facts.mounts.known()?;
         if !mounts.is_empty()
-            && let Some(wrong) = wrong_mount(config, disk, mounts)
+            && let Some(wrong) = wrong_mount(config, device, mounts)
         {
             return Ok(Plan::refuse(format!("{wrong}; unmount it, and see what mounts it")));
         }
         let Some(files) = expected_files(config, facts)? else {
-            return Ok(Plan::refuse(format!("udev has no link for {}", what(disk))));
+            return Ok(Plan::refuse(format!("udev has no link for {}", device.volumes)));
         };
         let mut steps = Vec::new();
         match facts.place.known()? {
@@ -168,38 +191,46 @@ impl Control for DataMount {
             steps.push(Step::ReloadManager);
         }
         if mounts.is_empty() {
-            let Some(volume_id) = disk.volume_id() else {
-                return Err(Unknown("the disk has no volume id".into()));
-            };
             let Some(link) = facts.link.known()?.clone() else {
-                return Err(Unknown("the disk has no link".into()));
+                return Err(Unknown("the device has no stable name".into()));
             };
             let unit = unit_name(mount_point.path(), "mount");
-            steps.push(Step::MountVolume { unit, link, volume_id });
+            steps.push(Step::MountVolume { unit, link, volumes: device.volumes.clone() });
+        }
+        if let (true, Some(observed)) =
+            (steps.is_empty(), hides(config, facts.hidden.known()?.as_ref()))
+        {
+            return Ok(Plan::refuse(format!("{observed}; hostagent removes nobody's data")));
         }
         Ok(Plan::steps(steps))
     }
 }
 
-fn what(disk: &Disk) -> String {
-    disk.volume_id().map_or_else(|| disk.name.clone(), |id| id.to_string())
+/// What the mount hides, if it hides anything.
+fn hides(config: &Config, hidden: Option<&Hidden>) -> Option<String> {
+    let Hidden { path, usage } = hidden?;
+    let (place, size, inodes) = (&config.volume.mount_point, human(usage.bytes), usage.inodes);
+    Some(format!(
+        "beneath the mount on {place} the root disk holds data: {path} and more, {size} in {inodes} \
+         files"
+    ))
 }
 
 /// What is wrong with what is mounted on the mount point, if anything is.
-fn wrong_mount(config: &Config, disk: &Disk, mounts: &[Mount]) -> Option<String> {
+fn wrong_mount(config: &Config, device: &DataDevice, mounts: &[Mount]) -> Option<String> {
     let place = &config.volume.mount_point;
     let mount = match mounts {
         [] => return Some(format!("nothing is mounted on {place}")),
         [mount] => mount,
         _ => return Some(format!("{} mounts are stacked on {place}", mounts.len())),
     };
-    if mount.device != disk.number || mount.root != "/" {
+    if mount.device != device.number() || mount.root != "/" {
         return Some(format!(
             "the device {} (directory {}) is mounted on {place}, not {} ({})",
             mount.device,
             mount.root,
-            what(disk),
-            disk.number
+            device.volumes,
+            device.number()
         ));
     }
     if mount.fs_type != config.volume.filesystem.as_str() {
@@ -236,7 +267,7 @@ fn expected_files(config: &Config, facts: &Facts) -> Result<Option<Files>, Unkno
          Type={fs}\n\
          # nofail: not ordered before local-fs.target, so that a missing volume cannot stop the boot.\n\
          Options={options},nofail\n",
-        volume = what(facts.disk.known()?),
+        volume = facts.device.known()?.volumes,
         fsck = unit_name(link, "service"),
         link = link.display(),
         place = mount_point.display(),
@@ -278,19 +309,13 @@ mod tests {
     }
 
     fn bare() -> Facts {
-        let disk = Disk {
-            name: "nvme1n1".into(),
-            number: DATA,
-            serial: Some("vol0123456789abcdef0".into()),
-            model: None,
-            size: 8 << 30,
-        };
         let link = PathBuf::from("/dev/disk/by-id/nvme-X_vol0123456789abcdef0_1");
         Facts {
-            disk: Fact::new("t", Ok(disk)),
+            device: Fact::new("t", Ok(crate::host::device::example(DATA))),
             link: Fact::new("t", Ok(Some(link))),
             mounts: Fact::new("t", Ok(vec![])),
             place: Fact::new("t", Ok(Some(Place::Absent))),
+            hidden: Fact::new("t", Ok(None)),
             unit_file: Fact::new("t", Ok(None)),
             timeout_file: Fact::new("t", Ok(None)),
             unit: Fact::new("t", Ok(Unit { load_state: "not-found".into(), ..Unit::default() })),
@@ -377,6 +402,20 @@ mod tests {
     }
 
     #[test]
+    fn what_is_hidden_fails_and_is_not_touched() {
+        let usage = crate::host::tree::Usage { bytes: 4096, inodes: 2 };
+        let hidden = Hidden { path: "/data/records".into(), usage };
+        let facts = Facts { hidden: Fact::new("t", Ok(Some(hidden))), ..mounted() };
+        assert!(
+            judge(&facts).contains("/data/records and more, 4.0 KiB in 2"),
+            "{}",
+            judge(&facts)
+        );
+        let plan = DataMount.plan(&Config::default(), &facts);
+        assert!(matches!(plan, Ok(Plan::Refuse { .. })), "{plan:?}");
+    }
+
+    #[test]
     fn a_mount_that_would_not_come_back_fails() {
         let changed = Facts { unit_file: Fact::new("t", Ok(Some("else".into()))), ..mounted() };
         assert!(judge(&changed).starts_with("fail"));
@@ -386,8 +425,9 @@ mod tests {
 
     #[test]
     fn an_unknown_fact_never_passes() {
-        let all: [fn(&mut Facts); 5] = [
-            |f| f.disk = Fact::new("t", Err(anyhow!("x"))),
+        let all: [fn(&mut Facts); 6] = [
+            |f| f.hidden = Fact::new("t", Err(anyhow!("x"))),
+            |f| f.device = Fact::new("t", Err(anyhow!("x"))),
             |f| f.link = Fact::new("t", Err(anyhow!("x"))),
             |f| f.mounts = Fact::new("t", Err(anyhow!("x"))),
             |f| f.unit_file = Fact::new("t", Err(anyhow!("x"))),

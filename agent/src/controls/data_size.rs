@@ -4,12 +4,12 @@
 use anyhow::Result;
 use serde::Serialize;
 
-use super::data_volume;
 use crate::config::Config;
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
-use crate::host::block::Disk;
+use crate::host::device::DataDevice;
 use crate::host::growth;
 use crate::step::Step;
+use crate::volume;
 
 /// See the module.
 pub struct DataSize;
@@ -21,8 +21,8 @@ const SLACK: u64 = 64 << 20;
 /// What is observed.
 #[derive(Debug, Serialize)]
 pub struct Facts {
-    /// The data volume's disk.
-    pub disk: Fact<Disk>,
+    /// The data volume's device.
+    pub device: Fact<DataDevice>,
     /// The size in bytes of the mounted filesystem.
     pub size: Fact<u64>,
 }
@@ -40,55 +40,49 @@ impl Control for DataSize {
     };
 
     async fn observe(&self, cx: &Context) -> Facts {
-        let volume = &cx.config.volume;
-        let disk = data_volume::fit_disk(cx).await;
-        let size = match &disk {
-            Ok(disk) => growth::size(disk, volume.filesystem, volume.mount_point.path()).await,
-            Err(_) => Err(anyhow::anyhow!("the data volume's disk is not known")),
+        let config = &cx.config.volume;
+        let device = volume::find(cx).await;
+        let size = match &device {
+            Ok(device) => growth::size(device, config.filesystem, config.mount_point.path()).await,
+            Err(_) => Err(anyhow::anyhow!("the data volume's device is not known")),
         };
         Facts {
-            disk: Fact::new("/sys/block", disk),
+            device: Fact::new("/sys/block", device),
             size: Fact::new("the superblock, and statvfs", size),
         }
     }
 
     fn judge(&self, config: &Config, facts: &Facts) -> Result<Verdict, Unknown> {
-        let (disk, size) = (facts.disk.known()?, *facts.size.known()?);
-        let id = disk.volume_id().ok_or_else(|| Unknown("the disk has no volume id".into()))?;
-        let seen =
-            format!("the filesystem has {} of the {} of {id}", human(size), human(disk.size));
-        if size > disk.size {
+        let (device, size) = (facts.device.known()?, *facts.size.known()?);
+        let (id, whole) = (&device.volumes, device.size());
+        let seen = format!("the filesystem has {} of the {} of {id}", human(size), human(whole));
+        if size > whole {
             return Ok(Verdict::fail(
                 "a filesystem that is not larger than its volume",
                 seen,
                 "attach the whole volume; a volume never shrinks by itself",
             ));
         }
-        if disk.size - size < SLACK {
-            return Ok(Verdict::pass(format!(
-                "the filesystem has all {} of {id}",
-                human(disk.size)
-            )));
+        if whole - size < SLACK {
+            return Ok(Verdict::pass(format!("the filesystem has all {} of {id}", human(whole))));
         }
         if !config.volume.grow {
             return Ok(Verdict::NotApplicable {
                 why: format!("{seen}, and volume.grow is not set"),
             });
         }
-        let expected = format!("a filesystem as large as {id} ({})", human(disk.size));
+        let expected = format!("a filesystem as large as {id} ({})", human(whole));
         Ok(Verdict::fail(expected, seen, "run `hostagent provision`"))
     }
 
     fn plan(&self, config: &Config, facts: &Facts) -> Result<Plan, Unknown> {
-        let (disk, size) = (facts.disk.known()?, *facts.size.known()?);
+        let (device, size) = (facts.device.known()?, *facts.size.known()?);
         let volume = &config.volume;
-        if !volume.grow || disk.size.saturating_sub(size) < SLACK {
+        if !volume.grow || device.size().saturating_sub(size) < SLACK {
             return Ok(Plan::Nothing);
         }
-        let volume_id =
-            disk.volume_id().ok_or_else(|| Unknown("the disk has no volume id".into()))?;
         Ok(Plan::Steps(vec![Step::GrowFilesystem {
-            volume_id,
+            volumes: device.volumes.clone(),
             filesystem: volume.filesystem,
             mount_point: volume.mount_point.path().to_path_buf(),
         }]))
@@ -115,14 +109,12 @@ mod tests {
     fn outcome(grow: bool, disk: Result<u64>, size: Result<u64>) -> (&'static str, &'static str) {
         let mut config = Config::default();
         config.volume.grow = grow;
-        let disk = disk.map(|size| Disk {
-            name: "nvme1n1".into(),
-            number: DevNum { major: 259, minor: 1 },
-            serial: Some("vol0123456789abcdef0".into()),
-            model: None,
-            size,
+        let device = disk.map(|size| {
+            let mut device = crate::host::device::example(DevNum { major: 259, minor: 1 });
+            device.layer.size = size;
+            device
         });
-        let facts = Facts { disk: Fact::new("t", disk), size: Fact::new("t", size) };
+        let facts = Facts { device: Fact::new("t", device), size: Fact::new("t", size) };
         let word = DataSize.judge(&config, &facts).map_or("unknown", |v| v.word());
         let plan = match DataSize.plan(&config, &facts) {
             Ok(Plan::Nothing) => "nothing",

@@ -5,15 +5,21 @@
 //! which disk that is, by the disk's serial number. What is on the disk is not this control's
 //! business.
 
+use std::path::Path;
+
 use serde::Serialize;
 
-use crate::aws::cache::{self, Confirmation};
+use crate::aws::cache::{self, Confirmation, Confirmed};
 use crate::aws::ec2::AttachedVolume;
 use crate::aws::imds::Identity;
 use crate::config::Config;
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
-use crate::host::block::{self, Disk};
+use crate::host::block::{self, Disk, ToldBy};
+use crate::host::chain::{self, Layer};
+use crate::host::identity;
+use crate::host::mounts::{self, Mount};
 use crate::step::Step;
+use crate::volume::{self, Fit, Known, Misfit, State};
 
 /// See the module.
 pub struct DataVolume;
@@ -23,26 +29,34 @@ pub struct DataVolume;
 pub struct Facts {
     /// Which instance this is.
     pub identity: Fact<Identity>,
+    /// This boot.
+    pub boot_id: Fact<String>,
     /// The volumes that EC2 has attached to it.
     pub attached: Fact<Vec<AttachedVolume>>,
     /// The kernel's disks.
     pub disks: Fact<Vec<Disk>>,
+    /// The disks beneath `/`.
+    pub root: Fact<Vec<Disk>>,
+    /// The device that the configuration says stands on the volumes, if it says so.
+    pub assembled: Fact<Option<Layer>>,
+    /// From the mount point down to the keys, as far as it leads now.
+    pub chain: Fact<Chain>,
     /// What is remembered of an earlier confirmation.
     pub remembered: Fact<Option<Confirmation>>,
 }
 
-/// What the facts say of the volume.
-enum State<'a> {
-    /// Nothing is attached under the configured name.
-    NotAttached { others: Vec<String> },
-    /// EC2 is still at it.
-    Attaching { volume: &'a AttachedVolume },
-    /// The volume does not meet the requirements.
-    Unfit { expected: String, observed: String, remedy: String },
-    /// EC2 has it attached, the kernel has no disk.
-    NoDisk { volume: &'a AttachedVolume },
-    /// All is well.
-    Fit { volume: &'a AttachedVolume, disk: &'a Disk },
+/// From a path to the keys: what is mounted there, what that stands on, and what EC2 says of the
+/// volumes beneath.
+#[derive(Debug, Clone, Serialize)]
+pub struct Chain {
+    /// What is mounted on the mount point; none while nothing is.
+    pub mount: Option<Mount>,
+    /// The mounted device, down to its disks.
+    pub device: Option<Layer>,
+    /// What EC2 says of the volumes beneath.
+    pub volumes: Vec<AttachedVolume>,
+    /// The same for people, a line for each link.
+    pub path: Vec<String>,
 }
 
 impl Control for DataVolume {
@@ -64,64 +78,52 @@ impl Control for DataVolume {
             // Without the disks EC2's answer would be of no use.
             Err(e) => Fact::new("EC2 DescribeVolumes", Err(anyhow::anyhow!("not asked: {e:#}"))),
         };
+        let known: &[AttachedVolume] = attached.known().map_or(&[], Vec::as_slice);
+        let chain = chain(&cx.config, disks.as_deref().unwrap_or_default(), known);
         Facts {
             identity: cx.aws.identity_fact().await,
-            attached,
+            boot_id: Fact::new("/proc/sys/kernel/random/boot_id", identity::boot_id()),
             disks: Fact::new("/sys/block", disks),
+            root: Fact::new("/sys/dev/block", chain::disks_beneath(Path::new("/"))),
+            assembled: Fact::new("/sys/dev/block", volume::assembled(&cx.config)),
+            chain: Fact::new("/proc/self/mountinfo, /sys/dev/block, EC2 DescribeVolumes", chain),
             remembered: Fact::new(cache::PATH, cache::read()),
+            attached,
         }
     }
 
     fn judge(&self, config: &Config, facts: &Facts) -> Result<Verdict, Unknown> {
-        let device = &config.volume.device;
         Ok(match state(config, facts)? {
-            State::NotAttached { others } => Verdict::fail(
-                format!("an encrypted volume attached as {device}"),
-                if others.is_empty() {
-                    "EC2 has no volume attached to this instance".to_owned()
-                } else {
-                    format!("EC2 has no volume attached as {device}, only {}", others.join(", "))
-                },
-                format!("attach the data volume as {device}, or set volume.device"),
-            ),
-            State::Attaching { volume } => Verdict::fail(
-                format!("an encrypted volume attached as {device}"),
-                format!(
-                    "{} as {device} is in the state {}",
-                    volume.volume_id,
-                    volume.attachment.as_deref().unwrap_or("unknown")
-                ),
-                "wait until EC2 has attached it",
-            ),
-            State::Unfit { expected, observed, remedy } => {
-                Verdict::fail(expected, observed, remedy)
+            State::Missing(misfit) | State::Unfit(misfit) => {
+                Verdict::fail(misfit.expected, misfit.observed, misfit.remedy)
             }
-            State::NoDisk { volume } => Verdict::fail(
-                format!("a disk with the serial number of {}", volume.volume_id),
-                format!(
-                    "EC2 says that {} is attached, the kernel has no such disk",
-                    volume.volume_id
-                ),
-                "wait for the kernel to see it; if it never does, detach the volume and attach it again",
-            ),
-            State::Fit { volume, disk } => Verdict::pass(format!(
-                "{} ({device}, {}) is encrypted with {}",
-                volume.volume_id,
-                disk.name,
-                volume.kms_key_id.as_deref().unwrap_or("an unnamed key")
-            )),
+            State::Fit(Fit { device, volumes }) => {
+                let keys: Vec<&str> = volumes
+                    .iter()
+                    .map(|v| v.kms_key_id.as_deref().unwrap_or("an unnamed key"))
+                    .collect();
+                Verdict::pass(format!(
+                    "{} ({}, {}) is encrypted with {}",
+                    device.volumes,
+                    volumes
+                        .iter()
+                        .map(|v| v.device.as_deref().unwrap_or("unnamed"))
+                        .collect::<Vec<_>>()
+                        .join(" and "),
+                    device.layer.name,
+                    keys.join(" and ")
+                ))
+            }
         })
     }
 
     fn plan(&self, config: &Config, facts: &Facts) -> Result<Plan, Unknown> {
         Ok(match state(config, facts)? {
-            State::NotAttached { .. } | State::Attaching { .. } | State::NoDisk { .. } => {
-                Plan::Steps(vec![Step::AwaitVolume {
-                    device: config.volume.device.to_string(),
-                    seconds: config.volume.wait_seconds.get(),
-                }])
-            }
-            State::Unfit { observed, .. } => {
+            State::Missing(_) => Plan::Steps(vec![Step::AwaitVolume {
+                volume: config.volume.select.to_string(),
+                seconds: config.volume.wait_seconds.get(),
+            }]),
+            State::Unfit(Misfit { observed, .. }) => {
                 let why = format!(
                     "{observed}; nothing is written to a volume that is not fit for patient data"
                 );
@@ -131,14 +133,8 @@ impl Control for DataVolume {
                     _ => Plan::Contain { steps: vec![Step::ForgetVolume, Step::StopDocker], why },
                 }
             }
-            State::Fit { volume, .. } => {
-                let confirmation = Confirmation {
-                    version: cache::VERSION,
-                    volume_id: volume.volume_id.clone(),
-                    instance_id: facts.identity.known()?.instance_id.clone(),
-                    kms_key_id: volume.kms_key_id.clone(),
-                    confirmed_at: facts.attached.at,
-                };
+            State::Fit(fit) => {
+                let confirmation = confirmation(&fit, facts)?;
                 // A memory that cannot be read is replaced: EC2 has just said what is true.
                 match facts.remembered.known() {
                     Ok(Some(old)) if old.same_as(&confirmation) => Plan::Nothing,
@@ -149,89 +145,86 @@ impl Control for DataVolume {
     }
 }
 
-fn state<'a>(config: &Config, facts: &'a Facts) -> Result<State<'a>, Unknown> {
-    let device = &config.volume.device;
-    let attached = facts.attached.known()?;
-    let here: Vec<&AttachedVolume> =
-        attached.iter().filter(|v| v.device.as_deref().is_some_and(|d| device.is(d))).collect();
-    let volume = match here[..] {
-        [] => {
-            let name = |v: &AttachedVolume| {
-                format!("{} as {}", v.volume_id, v.device.as_deref().unwrap_or("an unknown name"))
-            };
-            return Ok(State::NotAttached { others: attached.iter().map(name).collect() });
-        }
-        [volume] => volume,
-        _ => return Err(Unknown(format!("EC2 names {} volumes attached as {device}", here.len()))),
+fn state(config: &Config, facts: &Facts) -> Result<State, Unknown> {
+    let known = Known {
+        attached: facts.attached.known()?,
+        disks: facts.disks.known()?,
+        root: facts.root.known()?,
+        assembled: facts.assembled.known()?.as_ref(),
     };
-    if let Some(unfit) = unfit(config, volume)? {
-        return Ok(unfit);
-    }
-    if volume.attachment.as_deref() != Some("attached") {
-        return Ok(State::Attaching { volume });
-    }
-    let id = &volume.volume_id;
-    let disks: Vec<&Disk> =
-        facts.disks.known()?.iter().filter(|d| d.volume_id().as_ref() == Some(id)).collect();
-    match disks[..] {
-        [] => Ok(State::NoDisk { volume }),
-        [disk] => Ok(State::Fit { volume, disk }),
-        _ => Err(Unknown(format!("{} disks have the serial number of {id}", disks.len()))),
-    }
+    volume::state(config, known)
 }
 
-/// Whether the volume, attached or not yet, can never be the data volume as it is.
-fn unfit<'a>(config: &Config, volume: &AttachedVolume) -> Result<Option<State<'a>>, Unknown> {
-    let id = &volume.volume_id;
-    let remedy = "attach a volume that is encrypted with an accepted key; a volume's encryption \
-                  cannot be changed, but an encrypted copy can be made from a snapshot";
-    match volume.encrypted {
-        None => return Err(Unknown(format!("EC2 does not say whether {id} is encrypted"))),
-        Some(false) => {
-            return Ok(Some(State::Unfit {
-                expected: "an encrypted volume".into(),
-                observed: format!("{id} is not encrypted"),
-                remedy: remedy.into(),
-            }));
-        }
-        Some(true) => {}
-    }
-    if volume.attachments != 1 {
-        return Ok(Some(State::Unfit {
-            expected: "a volume that is attached to this instance alone".into(),
-            observed: format!("{id} is attached to {} instances", volume.attachments),
-            remedy: "attach a volume of this instance's own; two hosts destroy one ext4".into(),
-        }));
-    }
-    let accepted = &config.volume.kms_keys;
-    if accepted.is_empty() {
-        return Ok(None);
-    }
-    match &volume.kms_key_id {
-        None => Err(Unknown(format!("EC2 does not say with which key {id} is encrypted"))),
-        Some(key) if accepted.contains(key) => Ok(None),
-        Some(key) => Ok(Some(State::Unfit {
-            expected: format!("encryption with {}", accepted.join(" or ")),
-            observed: format!("{id} is encrypted with {key}"),
-            remedy: remedy.into(),
-        })),
-    }
+/// What is to be remembered of a fit volume.
+fn confirmation(fit: &Fit, facts: &Facts) -> Result<Confirmation, Unknown> {
+    let disks: Vec<&Disk> = fit.device.layer.ends().into_iter().filter_map(Result::ok).collect();
+    // A disk without a serial number is known by its name, and that for one boot.
+    let named = |disk: &&&Disk| matches!(disk.told_by, ToldBy::Mapping(_));
+    let disk_of = |volume: &AttachedVolume| {
+        let is = |disk: &&&Disk| disk.volume_id().as_ref() == Some(&volume.volume_id);
+        disks.iter().filter(named).find(is).map(|disk| disk.name.clone())
+    };
+    let mut volumes: Vec<Confirmed> = fit
+        .volumes
+        .iter()
+        .map(|volume| Confirmed {
+            volume_id: volume.volume_id.clone(),
+            kms_key_id: volume.kms_key_id.clone(),
+            disk: disk_of(volume),
+        })
+        .collect();
+    volumes.sort_by(|a, b| a.volume_id.cmp(&b.volume_id));
+    let boot_id = if disks.iter().any(|disk| named(&disk)) {
+        Some(facts.boot_id.known()?.clone())
+    } else {
+        None
+    };
+    Ok(Confirmation {
+        version: cache::VERSION,
+        volumes,
+        instance_id: facts.identity.known()?.instance_id.clone(),
+        boot_id,
+        confirmed_at: facts.attached.at,
+    })
 }
 
-/// The disk of the fit volume, for the controls behind this one. They run only when this control is
-/// met; what EC2 said is not asked again, what the kernel has is.
-pub(super) async fn fit_disk(cx: &Context) -> anyhow::Result<Disk> {
-    let facts = Facts {
-        identity: cx.aws.identity_fact().await,
-        attached: cx.aws.attached_volumes(&block::disks()?).await,
-        disks: Fact::new("/sys/block", block::disks()),
-        remembered: Fact::new(cache::PATH, Ok(None)),
+/// Follows the mount point down to the volumes, as far as it leads.
+fn chain(config: &Config, disks: &[Disk], attached: &[AttachedVolume]) -> anyhow::Result<Chain> {
+    let place = config.volume.mount_point.path();
+    let mount = mounts::at(place)?.pop();
+    let Some(mount) = mount else {
+        let path = vec![format!("{}: nothing is mounted there", place.display())];
+        return Ok(Chain { mount: None, device: None, volumes: Vec::new(), path });
     };
-    match state(&cx.config, &facts) {
-        Ok(State::Fit { disk, .. }) => Ok(disk.clone()),
-        Ok(_) => Err(anyhow::anyhow!("the data volume is not fit")),
-        Err(Unknown(why)) => Err(anyhow::anyhow!(why)),
+    let mut path =
+        vec![format!("{}: {} on the device {}", place.display(), mount.fs_type, mount.device)];
+    let (mut device, mut volumes) = (None, Vec::new());
+    if mount.device.major != 0 {
+        let layer = volume::with_volumes(Layer::of(mount.device)?, disks, attached);
+        path.extend(layer.lines().into_iter().map(|line| format!("  {line}")));
+        let ids: Vec<_> =
+            layer.ends().into_iter().filter_map(|end| end.ok()?.volume_id()).collect();
+        volumes = attached.iter().filter(|v| ids.contains(&v.volume_id)).cloned().collect();
+        path.extend(volumes.iter().map(describe));
+        device = Some(layer);
     }
+    Ok(Chain { mount: Some(mount), device, volumes, path })
+}
+
+/// What EC2 says of a volume, in one line.
+fn describe(volume: &AttachedVolume) -> String {
+    format!(
+        "{}: {} as {}, {}",
+        volume.volume_id,
+        volume.attachment.as_deref().unwrap_or("in an unknown state"),
+        volume.device.as_deref().unwrap_or("an unknown name"),
+        match (volume.encrypted, &volume.kms_key_id) {
+            (Some(true), Some(key)) => format!("encrypted with {key}"),
+            (Some(true), None) => "encrypted with an unnamed key".to_owned(),
+            (Some(false), _) => "not encrypted".to_owned(),
+            (None, _) => "encryption unknown".to_owned(),
+        }
+    )
 }
 
 #[cfg(test)]
@@ -251,6 +244,8 @@ mod tests {
             encrypted: Some(true),
             kms_key_id: Some(KEY.into()),
             attachments: 1,
+            size_gib: Some(8),
+            tags: [].into(),
         }
     }
 
@@ -261,6 +256,7 @@ mod tests {
             serial: Some("vol0123456789abcdef0".into()),
             model: Some("Amazon Elastic Block Store".into()),
             size: 8 << 30,
+            told_by: ToldBy::Serial,
         }
     }
 
@@ -275,6 +271,10 @@ mod tests {
         };
         Facts {
             identity: Fact::new("t", Ok(identity)),
+            boot_id: Fact::new("t", Ok("boot".into())),
+            root: Fact::new("t", Ok(vec![])),
+            assembled: Fact::new("t", Ok(None)),
+            chain: Fact::new("t", Err(anyhow!("not needed"))),
             attached: Fact::new("t", Ok(attached)),
             disks: Fact::new("t", Ok(disks)),
             remembered: Fact::new("t", Ok(None)),

@@ -2,22 +2,28 @@
 //!
 //! Proven by device numbers: of what is mounted on the two storage directories, and of the files
 //! that the running daemons hold open. Both directories, because since Docker 29 image layers and
-//! containers' writable layers are containerd's.
+//! containers' writable layers are containerd's. And nothing of it is left on the root disk: what
+//! Docker had there before is moved ([`crate::host::migration`]), what the mounts hide is found.
 
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::{data_volume, unit_path};
-use crate::config::Config;
+use super::unit_path;
+use crate::config::{Config, Migrate};
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
 use crate::gate::{self, STORAGE};
-use crate::host::block::{DevNum, Disk};
+use crate::host::beneath::{self, Hidden};
+use crate::host::block::{DevNum, Volumes};
+use crate::host::device::DataDevice;
 use crate::host::docker::{self, HeldFile, Storage};
-use crate::host::files;
+use crate::host::migration::{self, Found, Next, Place, Space};
 use crate::host::mounts::{self, Mount, unit_name};
 use crate::host::systemd::{Systemd, Unit};
+use crate::host::tree::human;
+use crate::host::{blocking, files, processes};
 use crate::step::Step;
+use crate::volume;
 
 /// See the module.
 pub struct DockerStorage;
@@ -25,12 +31,16 @@ pub struct DockerStorage;
 /// What is observed.
 #[derive(Debug, Serialize)]
 pub struct Facts {
-    /// The data volume's disk.
-    pub disk: Fact<Disk>,
+    /// The data volume's device.
+    pub device: Fact<DataDevice>,
     /// What the gate says: why Docker may start; unknown says why it may not.
     pub gate: Fact<String>,
     /// The two storage directories.
     pub directories: Vec<Directory>,
+    /// The containers that run; looked for only while there is data to be moved.
+    pub containers: Fact<Vec<String>>,
+    /// Whether that data fits on the volume; none while there is none, or no volume mounted.
+    pub space: Fact<Option<Space>>,
     /// `containerd.service` and `docker.service`, in the order in which they start.
     pub daemons: Vec<Daemon>,
     /// `docker.socket`, which starts Docker by itself.
@@ -46,8 +56,10 @@ pub struct Directory {
     pub source: &'static str,
     /// What is mounted on it.
     pub mounts: Fact<Vec<Mount>>,
-    /// What it holds while nothing is mounted on it.
-    pub beneath: Fact<Option<Storage>>,
+    /// What it holds, beneath whatever is mounted on it, and what belongs to it elsewhere.
+    pub data: Fact<Found>,
+    /// What the mount hides of it, if that is anybody's data.
+    pub hidden: Fact<Option<Hidden>>,
     /// The content of the mount unit's file.
     pub unit_file: Fact<Option<String>>,
     /// The mount unit as systemd has it loaded.
@@ -78,16 +90,22 @@ impl Control for DockerStorage {
               encrypted volume, whatever the daemons are configured to do.",
         requires: &["boot-order", "data-mount"],
         // Docker is started last: on a host on which all else is proven, or not at all.
-        acts_after: &["instance-tenancy", "sshd-port"],
+        acts_after: &["instance-tenancy", "sshd-port", "swap", "core-dumps", "root-volume"],
     };
 
     async fn observe(&self, cx: &Context) -> Facts {
         let systemd = cx.host.systemd().await;
+        let device = volume::find(cx).await;
         let mut directories = Vec::new();
         for (path, source) in STORAGE {
             let mounts = mounts::at(Path::new(path));
-            let beneath = match &mounts {
-                Ok(mounts) if mounts.is_empty() => docker::storage(Path::new(path)).map(Some),
+            let data = find(cx, device.as_ref(), path, source).await;
+            let is_mounted = mounts.as_ref().is_ok_and(|mounts| !mounts.is_empty());
+            let hidden = match &data {
+                Ok(Found { old: Storage::Used(first), .. }) if is_mounted => {
+                    let first = first.clone();
+                    blocking(move || measure(path, &first).map(Some)).await
+                }
                 _ => Ok(None),
             };
             let name = unit_name(Path::new(path), "mount");
@@ -96,7 +114,8 @@ impl Control for DockerStorage {
                 path,
                 source,
                 mounts: Fact::new("/proc/self/mountinfo", mounts),
-                beneath: Fact::new(path, beneath),
+                data: Fact::new(format!("{path} and beside it"), data),
+                hidden: Fact::new(format!("beneath {path}"), hidden),
                 unit_file: Fact::new(file.display().to_string(), files::read_optional(&file)),
                 unit: loaded(systemd.as_ref(), &name).await,
             });
@@ -111,18 +130,21 @@ impl Control for DockerStorage {
             };
             daemons.push(Daemon { name, unit, held: Fact::new("/proc/PID/fd", held) });
         }
+        let (containers, space) = before_moving(cx, device.as_ref(), &directories).await;
         Facts {
-            disk: Fact::new("/sys/block", data_volume::fit_disk(cx).await),
+            device: Fact::new("/sys/block", device),
             gate: Fact::new("hostagent gate", gate::check(&cx.config.volume)),
             directories,
+            containers,
+            space,
             daemons,
             socket: loaded(systemd.as_ref(), SOCKET).await,
         }
     }
 
     fn judge(&self, config: &Config, facts: &Facts) -> Result<Verdict, Unknown> {
-        let disk = facts.disk.known()?;
-        let volume = disk.volume_id().map_or_else(|| disk.name.clone(), |id| id.to_string());
+        let device = facts.device.known()?;
+        let (volume, number) = (&device.volumes, device.number());
         let remedy = "run `hostagent provision`";
         let fail = |observed: String| {
             Ok(Verdict::fail(
@@ -132,7 +154,7 @@ impl Control for DockerStorage {
             ))
         };
         for directory in &facts.directories {
-            if let Some(wrong) = directory.wrong_mount(disk.number)? {
+            if let Some(wrong) = directory.wrong_mount(number)? {
                 return fail(wrong);
             }
             if !directory.unit_in_force(config)? {
@@ -142,13 +164,20 @@ impl Control for DockerStorage {
                 ));
             }
         }
+        for directory in &facts.directories {
+            if let Some((observed, remedy)) = directory.left_behind()? {
+                let expected =
+                    format!("nothing of Docker's data on the root disk, all on {volume}");
+                return Ok(Verdict::fail(expected, observed, remedy));
+            }
+        }
         if let Err(Unknown(why)) = facts.gate.known() {
             return fail(format!("the gate is closed: {why}"));
         }
         let mut running = Vec::new();
         for daemon in &facts.daemons {
             let unit = daemon.unit.known()?;
-            if let Some(wrong) = daemon.writes_elsewhere(disk.number)? {
+            if let Some(wrong) = daemon.writes_elsewhere(number)? {
                 return fail(wrong);
             }
             if let Some(wrong) = daemon.starts_without_storage()? {
@@ -173,28 +202,35 @@ impl Control for DockerStorage {
     }
 
     fn plan(&self, config: &Config, facts: &Facts) -> Result<Plan, Unknown> {
-        let disk = facts.disk.known()?;
-        let Some(volume_id) = disk.volume_id() else {
-            return Err(Unknown("the disk has no volume id".into()));
+        let device = facts.device.known()?;
+        let number = device.number();
+        let moves = match moves(config, facts, &device.volumes)? {
+            Ok(moves) => moves,
+            Err(why) => return Ok(Plan::refuse(why)),
         };
         let (mut prepare, mut mount, mut reload) = (Vec::new(), Vec::new(), false);
         for directory in &facts.directories {
-            if let Some(why) = directory.refusal(disk.number)? {
+            if let Some(why) = directory.refusal(number)? {
                 return Ok(Plan::refuse(why));
             }
-            let mounted = directory.wrong_mount(disk.number)?.is_none();
+            let mounted = directory.wrong_mount(number)?.is_none();
+            let is_moved =
+                moves.moved.iter().any(|place| place.directory == Path::new(directory.path));
             if !mounted {
-                prepare.push(Step::MakeDirectory {
-                    path: directory.source_path(config),
-                    mode: 0o711,
-                    volume_id: volume_id.clone(),
-                });
+                if !is_moved {
+                    prepare.push(Step::MakeDirectory {
+                        path: directory.source_path(config),
+                        mode: 0o711,
+                        volumes: device.volumes.clone(),
+                    });
+                }
                 mount.push(Step::StartUnit { unit: unit_name(Path::new(directory.path), "mount") });
             }
             let unit = directory.unit.known()?;
             reload |= unit.need_daemon_reload;
             let content = directory.unit_content(config);
-            if directory.unit_file.known()?.as_ref() != Some(&content) {
+            let is_written = directory.unit_file.known()?.as_ref() == Some(&content);
+            if !is_written || moves.removes(directory) {
                 let path = unit_path(&unit_name(Path::new(directory.path), "mount"));
                 prepare.push(Step::WriteFile { path, content, mode: 0o644 });
                 // A unit that was not there is read when it is started.
@@ -207,7 +243,7 @@ impl Control for DockerStorage {
 
         let mut misplaced = !mount.is_empty();
         for daemon in &facts.daemons {
-            let Some(file) = daemon.file_elsewhere(disk.number)? else { continue };
+            let Some(file) = daemon.file_elsewhere(number)? else { continue };
             if mount.is_empty()
                 && !STORAGE.iter().any(|(top, _)| Path::new(&file.path).starts_with(top))
             {
@@ -232,6 +268,7 @@ impl Control for DockerStorage {
         if misplaced && up {
             steps.push(Step::StopDocker);
         }
+        steps.extend(moves.steps(facts)?);
         steps.extend(prepare);
         steps.extend(mount);
         if let (true, Err(Unknown(why))) = (steps.is_empty(), facts.gate.known()) {
@@ -250,6 +287,17 @@ impl Control for DockerStorage {
         if socket_is_missing(facts)? && !steps.contains(&docker) {
             steps.push(Step::StartUnit { unit: SOCKET.to_owned() });
         }
+        // The old copy goes last: when Docker has come up on the new one.
+        steps.extend(moves.left.into_iter().map(|place| Step::EraseMigrated { place }));
+        if steps.is_empty() {
+            for directory in &facts.directories {
+                if let Some((observed, _)) = directory.left_behind()? {
+                    return Ok(Plan::refuse(format!(
+                        "{observed}; hostagent removes nobody's data"
+                    )));
+                }
+            }
+        }
         Ok(Plan::steps(steps))
     }
 }
@@ -258,6 +306,166 @@ impl Control for DockerStorage {
 fn socket_is_missing(facts: &Facts) -> Result<bool, Unknown> {
     let socket = facts.socket.known()?;
     Ok(socket.unit_file_state.starts_with("enabled") && !socket.is_up())
+}
+
+/// What is found of a storage directory, there and on the volume.
+async fn find(
+    cx: &Context,
+    device: Result<&DataDevice, &anyhow::Error>,
+    path: &'static str,
+    source: &'static str,
+) -> anyhow::Result<Found> {
+    let device = device.map_err(|e| anyhow::anyhow!("the data volume is not known: {e:#}"))?;
+    let place = place(&cx.config, path, source, &device.volumes);
+    let device = mounted_device(cx, device)?;
+    blocking(move || migration::look(&place, device)).await
+}
+
+/// The number of the data volume's device, if it is mounted where it should be.
+fn mounted_device(cx: &Context, data: &DataDevice) -> anyhow::Result<Option<DevNum>> {
+    let mounts = mounts::at(cx.config.volume.mount_point.path())?;
+    Ok(mounts.last().map(|mount| mount.device).filter(|device| *device == data.number()))
+}
+
+/// What has to be known before data is moved.
+async fn before_moving(
+    cx: &Context,
+    device: Result<&DataDevice, &anyhow::Error>,
+    directories: &[Directory],
+) -> (Fact<Vec<String>>, Fact<Option<Space>>) {
+    let mut copied = Vec::new();
+    let mut moved = false;
+    if let Ok(device) = device {
+        for directory in directories {
+            let (Ok(mounts), Ok(found)) = (directory.mounts.known(), directory.data.known()) else {
+                continue;
+            };
+            let place = directory.place(&cx.config, &device.volumes);
+            match place.next(found) {
+                Next::Copy if mounts.is_empty() => copied.push(place),
+                Next::Finish if mounts.is_empty() => moved = true,
+                _ => {}
+            }
+        }
+    }
+    moved |= !copied.is_empty();
+    let containers = if moved { processes::containers() } else { Ok(Vec::new()) };
+    let space = match device.map(|device| mounted_device(cx, device)) {
+        Ok(Ok(Some(device))) if !copied.is_empty() => {
+            blocking(move || migration::space(&copied.iter().collect::<Vec<_>>(), device).map(Some))
+                .await
+        }
+        Ok(Err(e)) => Err(e),
+        _ => Ok(None),
+    };
+    (Fact::new("/proc", containers), Fact::new("statvfs", space))
+}
+
+fn measure(path: &str, first: &str) -> anyhow::Result<Hidden> {
+    use std::os::fd::AsFd as _;
+    let (view, name) = beneath::parent(Path::new(path))?;
+    let top = crate::host::tree::open_dir(view.as_fd(), &name)?;
+    beneath::of(top, Path::new(first))
+}
+
+fn place(config: &Config, path: &str, source: &str, volumes: &Volumes) -> Place {
+    Place {
+        directory: path.into(),
+        target: config.volume.mount_point.path().join(source),
+        volumes: volumes.clone(),
+    }
+}
+
+/// The data that is moved.
+#[derive(Debug, Default)]
+struct Moves {
+    /// What is moved now.
+    moved: Vec<Place>,
+    /// What is erased at the end.
+    left: Vec<Place>,
+    /// Mount units that are there before their time: between the copy and the switch they would show
+    /// Docker the copy, with the data still beneath.
+    units: Vec<PathBuf>,
+    /// Whether containers have to be stopped for it.
+    stop: bool,
+}
+
+impl Moves {
+    fn removes(&self, directory: &Directory) -> bool {
+        self.units.contains(&unit_path(&unit_name(Path::new(directory.path), "mount")))
+    }
+
+    fn steps(&self, facts: &Facts) -> Result<Vec<Step>, Unknown> {
+        let mut steps = Vec::new();
+        if self.stop {
+            steps.push(Step::StopContainers);
+        }
+        steps.extend(self.units.iter().map(|path| Step::RemoveFile { path: path.clone() }));
+        let mut loaded = false;
+        for directory in &facts.directories {
+            loaded |= self.removes(directory) && directory.unit.known()?.exists();
+        }
+        if loaded {
+            steps.push(Step::ReloadManager);
+        }
+        steps.extend(self.moved.iter().map(|place| Step::MigrateStorage { place: place.clone() }));
+        Ok(steps)
+    }
+}
+
+/// What is to be moved, or why nothing may be: before anything stops.
+fn moves(
+    config: &Config,
+    facts: &Facts,
+    volumes: &Volumes,
+) -> Result<Result<Moves, String>, Unknown> {
+    let mut moves = Moves::default();
+    let mut copied = false;
+    for directory in &facts.directories {
+        let found = directory.data.known()?;
+        let place = directory.place(config, volumes);
+        let is_mounted = !directory.mounts.known()?.is_empty();
+        match place.next(found) {
+            Next::Refuse(why) => return Ok(Err(why)),
+            Next::Nothing if found.left.is_some() => moves.left.push(place),
+            Next::Nothing => {}
+            // What a mount hides cannot be moved: what is mounted may be in use.
+            Next::Copy | Next::Finish if is_mounted => {}
+            next => {
+                if config.docker.migrate == Migrate::Never {
+                    return Ok(Err(format!(
+                        "{} on the root disk holds data, which the mount would hide, and                          docker.migrate is \"never\"; move the data away",
+                        directory.path
+                    )));
+                }
+                copied |= next == Next::Copy;
+                if directory.unit_file.known()?.is_some() {
+                    moves.units.push(unit_path(&unit_name(Path::new(directory.path), "mount")));
+                }
+                moves.left.push(place.clone());
+                moves.moved.push(place);
+            }
+        }
+    }
+    if moves.moved.is_empty() {
+        return Ok(Ok(moves));
+    }
+    let containers = facts.containers.known()?;
+    if !containers.is_empty() && config.docker.migrate != Migrate::Running {
+        let ids: Vec<&str> = containers.iter().map(|id| id.get(..12).unwrap_or(id)).collect();
+        return Ok(Err(format!(
+            "{} would have to be moved from the root disk, and containers run ({}); stop them, or              set docker.migrate to \"running\"",
+            moves.moved[0].directory.display(),
+            ids.join(", ")
+        )));
+    }
+    moves.stop = !containers.is_empty();
+    if copied && let Some(lacks) = facts.space.known()?.as_ref().and_then(Space::lacks) {
+        return Ok(Err(format!(
+            "what Docker has on the root disk does not fit on {volumes}: {lacks}; nothing was              stopped; enlarge the volume, or remove what is not needed"
+        )));
+    }
+    Ok(Ok(moves))
 }
 
 async fn loaded(systemd: Result<&&Systemd, &anyhow::Error>, name: &str) -> Fact<Unit> {
@@ -269,11 +477,57 @@ async fn loaded(systemd: Result<&&Systemd, &anyhow::Error>, name: &str) -> Fact<
 }
 
 impl Directory {
+    fn place(&self, config: &Config, volumes: &Volumes) -> Place {
+        place(config, self.path, self.source, volumes)
+    }
+
+    /// What of Docker's data is on the root disk although the volume is mounted, and what to do.
+    fn left_behind(&self) -> Result<Option<(String, String)>, Unknown> {
+        let (path, found) = (self.path, self.data.known()?);
+        if let Some(hidden) = self.hidden.known()? {
+            let (size, inodes) = (human(hidden.usage.bytes), hidden.usage.inodes);
+            return Ok(Some((
+                format!(
+                    "beneath the mount on {path} the root disk holds data: {} and more, {size} in \
+                     {inodes} files",
+                    hidden.path
+                ),
+                format!(
+                    "look at it with `mount --bind / /mnt` in /mnt{path}, move it away or remove it, \
+                     and `umount /mnt`"
+                ),
+            )));
+        }
+        if let Some(left) = &found.left {
+            return Ok(Some((
+                format!(
+                    "the old copy of {path} is still on the root disk: {}",
+                    left.path.display()
+                ),
+                "run `hostagent provision`, which overwrites and removes it".to_owned(),
+            )));
+        }
+        Ok(found.others.first().map(|other| {
+            (
+                format!(
+                    "an old copy of {path} is on the root disk, of which another volume has the \
+                         new one: {other}"
+                ),
+                "if that volume has all that is needed, overwrite and remove it".to_owned(),
+            )
+        }))
+    }
+
     /// What is wrong with what is mounted on the directory, if anything is.
     fn wrong_mount(&self, device: DevNum) -> Result<Option<String>, Unknown> {
         let path = self.path;
         Ok(match &self.mounts.known()?[..] {
-            [] => Some(format!("{path} is on the root disk")),
+            [] => Some(match self.data.known() {
+                Ok(Found { old: Storage::Used(what), .. }) => {
+                    format!("{path} is on the root disk, and holds data ({what})")
+                }
+                _ => format!("{path} is on the root disk"),
+            }),
             [mount] if mount.device != device => {
                 Some(format!("{path} is on the device {}, not on {device}", mount.device))
             }
@@ -293,17 +547,12 @@ impl Directory {
                 .wrong_mount(device)?
                 .map(|wrong| format!("{wrong}; unmount it, and see what mounts it")));
         }
-        Ok(match self.beneath.known()? {
-            None => return Err(Unknown(format!("what {path} holds is not known"))),
-            Some(Storage::Absent | Storage::Unused) => None,
-            Some(Storage::Used(what)) => Some(format!(
-                "{path} on the root disk holds data ({what}), which the mount would hide; move the \
-                 data away or begin with a new instance"
-            )),
-            Some(Storage::Symlink(target)) => {
+        Ok(match &self.data.known()?.old {
+            Storage::Absent | Storage::Unused | Storage::Used(_) => None,
+            Storage::Symlink(target) => {
                 Some(format!("{path} is a link to {target}; stop Docker and remove the link"))
             }
-            Some(Storage::NotADirectory) => Some(format!("{path} is not a directory")),
+            Storage::NotADirectory => Some(format!("{path} is not a directory")),
         })
     }
 
@@ -391,6 +640,8 @@ impl Daemon {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::migration::Left;
+    use crate::host::tree::Usage;
     use anyhow::anyhow;
 
     const DATA: DevNum = DevNum { major: 259, minor: 1 };
@@ -412,13 +663,40 @@ mod tests {
         HeldFile { path: format!("/var/lib/{name}/meta.db"), device }
     }
 
+    fn found(old: Storage) -> Found {
+        Found {
+            old,
+            old_mark: None,
+            new: Some(Storage::Absent),
+            new_mark: None,
+            incoming: false,
+            left: None,
+            others: vec![],
+        }
+    }
+
+    /// Docker with data on the root disk, and a volume that it fits on.
+    fn used() -> Facts {
+        let mut facts = fresh();
+        let data = Storage::Used("/var/lib/docker/volumes/v".into());
+        facts.directories[0].data = Fact::new("t", Ok(found(data)));
+        facts.space = space(1, 8);
+        facts
+    }
+
+    fn space(needed: u64, free: u64) -> Fact<Option<Space>> {
+        let usage = |gib: u64| Usage { bytes: gib << 30, inodes: gib * 100_000 };
+        Fact::new("t", Ok(Some(Space { needed: usage(needed), free: usage(free) })))
+    }
+
     /// A fresh host on which Docker has started on the root disk.
     fn fresh() -> Facts {
         let directory = |(path, source)| Directory {
             path,
             source,
             mounts: Fact::new("t", Ok(vec![])),
-            beneath: Fact::new("t", Ok(Some(Storage::Unused))),
+            data: Fact::new("t", Ok(found(Storage::Unused))),
+            hidden: Fact::new("t", Ok(None)),
             unit_file: Fact::new("t", Ok(None)),
             unit: Fact::new("t", Ok(Unit { load_state: "not-found".into(), ..Unit::default() })),
         };
@@ -428,18 +706,11 @@ mod tests {
             held: Fact::new("t", Ok(Some(vec![held(name, ROOT)]))),
         };
         Facts {
-            disk: Fact::new(
-                "t",
-                Ok(Disk {
-                    name: "nvme1n1".into(),
-                    number: DATA,
-                    serial: Some("vol0123456789abcdef0".into()),
-                    model: None,
-                    size: 8 << 30,
-                }),
-            ),
+            device: Fact::new("t", Ok(crate::host::device::example(DATA))),
             gate: Fact::new("t", Err(anyhow!("nothing is mounted on /data"))),
             directories: STORAGE.map(directory).into(),
+            containers: Fact::new("t", Ok(vec![])),
+            space: Fact::new("t", Ok(None)),
             daemons: DAEMONS.map(daemon).into(),
             socket: Fact::new("t", Ok(unit("active", "enabled"))),
         }
@@ -461,7 +732,6 @@ mod tests {
                     read_only: false,
                 }]),
             );
-            directory.beneath = Fact::new("t", Ok(None));
             directory.unit_file =
                 Fact::new("t", Ok(Some(directory.unit_content(&Config::default()))));
             directory.unit = Fact::new(
@@ -577,18 +847,133 @@ mod tests {
 
     #[test]
     fn somebodys_data_is_never_hidden() {
-        for storage in [
-            Storage::Used("/var/lib/docker/volumes/v".into()),
-            Storage::Symlink("/data/docker".into()),
-            Storage::NotADirectory,
-        ] {
+        for storage in [Storage::Symlink("/data/docker".into()), Storage::NotADirectory] {
             let mut facts = fresh();
-            facts.directories[0].beneath = Fact::new("t", Ok(Some(storage)));
+            facts.directories[0].data = Fact::new("t", Ok(found(storage)));
             assert!(plan(&facts)[0].starts_with("refuse"), "{:?}", plan(&facts));
         }
         let mut facts = fresh();
-        facts.directories[0].beneath = Fact::new("t", Err(anyhow!("EIO")));
+        facts.directories[0].data = Fact::new("t", Err(anyhow!("EIO")));
         assert!(plan(&facts)[0].starts_with("unknown"));
+    }
+
+    #[test]
+    fn data_is_moved_before_anything_is_mounted_and_erased_after_docker_has_come_up() {
+        assert!(judge(&used()).starts_with("fail: /var/lib/docker is on the root disk, and holds"));
+        assert_eq!(
+            plan(&used()),
+            [
+                "stop Docker and containerd",
+                "move the data of /var/lib/docker to /data/docker on vol-0123456789abcdef0",
+                "write /etc/systemd/system/var-lib-docker.mount",
+                "make the directory /data/containerd (mode 0711)",
+                "write /etc/systemd/system/var-lib-containerd.mount",
+                "start var-lib-docker.mount",
+                "start var-lib-containerd.mount",
+                "start containerd.service",
+                "start docker.service",
+                "overwrite and remove the old copy \
+                 /var/lib/.hostagent-migrated-docker-vol-0123456789abcdef0",
+            ]
+        );
+        // A unit from before would mount an unfinished copy at the next boot.
+        let mut facts = used();
+        let content = facts.directories[0].unit_content(&Config::default());
+        facts.directories[0].unit_file = Fact::new("t", Ok(Some(content)));
+        facts.directories[0].unit = Fact::new("t", Ok(unit("inactive", "static")));
+        let steps = plan(&facts);
+        let at = |text: &str| steps.iter().position(|step| step.contains(text));
+        let remove = at("remove /etc/systemd/system/var-lib-docker.mount");
+        assert!(remove.is_some() && remove < at("move the data"), "{steps:?}");
+        assert!(at("move the data") < at("write /etc/systemd/system/var-lib-docker"), "{steps:?}");
+    }
+
+    #[test]
+    fn what_cannot_be_moved_is_refused_before_anything_stops() {
+        let cases: [(&str, Break); 5] = [
+            ("containers run (0123456789ab)", |f| {
+                f.containers = Fact::new("t", Ok(vec!["0123456789abcdef".into()]));
+            }),
+            ("does not fit on vol-", |f| f.space = space(8, 8)),
+            ("and so does /data/docker", |f| {
+                let mut found = f.directories[0].data.known().unwrap().clone();
+                found.new = Some(Storage::Used("/data/docker/volumes/v".into()));
+                f.directories[0].data = Fact::new("t", Ok(found));
+            }),
+            ("EIO", |f| f.containers = Fact::new("t", Err(anyhow!("EIO")))),
+            ("EIO", |f| f.space = Fact::new("t", Err(anyhow!("EIO")))),
+        ];
+        for (expected, break_it) in cases {
+            let mut facts = used();
+            break_it(&mut facts);
+            let steps = plan(&facts);
+            assert!(steps.len() == 1 && steps[0].contains(expected), "{expected}: {steps:?}");
+            assert!(!steps[0].starts_with("stop"), "{steps:?}");
+        }
+        let never = config(Migrate::Never);
+        let refusal = DockerStorage.plan(&never, &used());
+        assert!(matches!(refusal, Ok(Plan::Refuse { .. })), "{refusal:?}");
+    }
+
+    fn config(migrate: Migrate) -> Config {
+        Config { docker: crate::config::Docker { migrate }, ..Config::default() }
+    }
+
+    #[test]
+    fn containers_are_stopped_where_that_is_wanted() {
+        let mut facts = used();
+        facts.containers = Fact::new("t", Ok(vec!["0123456789abcdef".into()]));
+        let Ok(Plan::Steps(steps)) = DockerStorage.plan(&config(Migrate::Running), &facts) else {
+            panic!()
+        };
+        assert_eq!(steps[..2], [Step::StopDocker, Step::StopContainers]);
+        assert!(matches!(steps[2], Step::MigrateStorage { .. }));
+    }
+
+    #[test]
+    fn what_is_left_on_the_root_disk_fails() {
+        let left = |mark: &str| {
+            let path = "/var/lib/.hostagent-migrated-docker-vol-0123456789abcdef0".into();
+            let mut found = found(Storage::Absent);
+            found.new = Some(Storage::Used("/data/docker/volumes/v".into()));
+            found.new_mark = Some("m".into());
+            found.left = Some(Left { path, mark: Some(mark.into()) });
+            found
+        };
+        let mut facts = ready();
+        facts.directories[0].data = Fact::new("t", Ok(left("m")));
+        assert!(judge(&facts).starts_with("fail: the old copy of /var/lib/docker is still"));
+        let steps = plan(&facts);
+        assert!(steps.len() == 1 && steps[0].starts_with("overwrite and remove"), "{steps:?}");
+        // Not proven to be a copy: not erased.
+        facts.directories[0].data = Fact::new("t", Ok(left("n")));
+        assert!(judge(&facts).starts_with("fail"), "{}", judge(&facts));
+        assert!(plan(&facts)[0].starts_with("refuse"), "{:?}", plan(&facts));
+
+        let mut facts = ready();
+        let mut other = found(Storage::Absent);
+        other.others = vec!["/var/lib/.hostagent-migrated-docker-vol-0ffffffff".into()];
+        facts.directories[0].data = Fact::new("t", Ok(other));
+        assert!(judge(&facts).contains("another volume"), "{}", judge(&facts));
+        assert!(plan(&facts)[0].starts_with("refuse"), "{:?}", plan(&facts));
+    }
+
+    #[test]
+    fn data_beneath_a_mount_fails_and_is_not_touched() {
+        let mut facts = ready();
+        let first = "/var/lib/docker/volumes/v";
+        facts.directories[0].data = Fact::new("t", Ok(found(Storage::Used(first.into()))));
+        let usage = Usage { bytes: 3 << 20, inodes: 7 };
+        facts.directories[0].hidden =
+            Fact::new("t", Ok(Some(Hidden { path: first.into(), usage })));
+        assert_eq!(
+            judge(&facts),
+            "fail: beneath the mount on /var/lib/docker the root disk holds data: \
+             /var/lib/docker/volumes/v and more, 3.0 MiB in 7 files"
+        );
+        assert!(plan(&facts)[0].starts_with("refuse: beneath"), "{:?}", plan(&facts));
+        facts.directories[0].data = Fact::new("t", Err(anyhow!("EPERM")));
+        assert!(judge(&facts).starts_with("unknown"), "what cannot be looked at is not empty");
     }
 
     #[test]

@@ -6,12 +6,12 @@
 //! depend on the order in which devices answer and change between boots.
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::mounts;
@@ -69,6 +69,9 @@ impl<'de> Deserialize<'de> for DevNum {
     }
 }
 
+/// The namespace of the UUIDs that follow from volume ids; drawn once.
+const NAMESPACE: uuid::Uuid = uuid::uuid!("9f2b1c54-0d0e-4d53-9d39-1a8c0c1f6c11");
+
 /// The id of an EBS volume, `vol-` and 8 or 17 hexadecimal digits.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -99,8 +102,6 @@ impl VolumeId {
     /// alone, and a copy of it on another volume is not.
     #[must_use]
     pub fn filesystem_uuid(&self) -> uuid::Uuid {
-        // A namespace of our own, drawn once.
-        const NAMESPACE: uuid::Uuid = uuid::uuid!("9f2b1c54-0d0e-4d53-9d39-1a8c0c1f6c11");
         uuid::Uuid::new_v5(&NAMESPACE, self.0.as_bytes())
     }
 }
@@ -124,6 +125,62 @@ impl fmt::Display for VolumeId {
     }
 }
 
+/// The volumes that carry one filesystem: one, or several beneath LVM or md. Sorted, each once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Vec<VolumeId>", into = "Vec<VolumeId>")]
+pub struct Volumes(Vec<VolumeId>);
+
+impl Volumes {
+    /// The volumes' ids in order.
+    #[must_use]
+    pub fn ids(&self) -> &[VolumeId] {
+        &self.0
+    }
+
+    /// What stands for them in the name of a file: the id, or the UUID that follows from several.
+    #[must_use]
+    pub fn key(&self) -> String {
+        match &self.0[..] {
+            [id] => id.to_string(),
+            _ => self.filesystem_uuid().to_string(),
+        }
+    }
+
+    /// The UUID of the filesystem that hostagent makes on them, see [`VolumeId::filesystem_uuid`].
+    #[must_use]
+    pub fn filesystem_uuid(&self) -> uuid::Uuid {
+        let ids: Vec<&str> = self.0.iter().map(VolumeId::as_str).collect();
+        uuid::Uuid::new_v5(&NAMESPACE, ids.join(",").as_bytes())
+    }
+}
+
+impl From<Vec<VolumeId>> for Volumes {
+    fn from(mut ids: Vec<VolumeId>) -> Self {
+        ids.sort();
+        ids.dedup();
+        Self(ids)
+    }
+}
+
+impl From<VolumeId> for Volumes {
+    fn from(id: VolumeId) -> Self {
+        Self(vec![id])
+    }
+}
+
+impl From<Volumes> for Vec<VolumeId> {
+    fn from(volumes: Volumes) -> Self {
+        volumes.0
+    }
+}
+
+impl fmt::Display for Volumes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ids: Vec<&str> = self.0.iter().map(VolumeId::as_str).collect();
+        f.write_str(&ids.join(" and "))
+    }
+}
+
 /// Whether a text is what follows the dash of an EC2 resource id.
 #[must_use]
 pub fn is_resource_suffix(text: &str) -> bool {
@@ -144,12 +201,31 @@ pub struct Disk {
     pub model: Option<String>,
     /// Its size in bytes.
     pub size: u64,
+    /// How its volume is told.
+    #[serde(default)]
+    pub told_by: ToldBy,
+}
+
+/// How the volume of a disk is told.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ToldBy {
+    /// By its serial number.
+    #[default]
+    Serial,
+    /// By the kernel's name, which on Xen follows from the name in EC2's block device mapping (EC2
+    /// User Guide, "Device names for volumes"): the volume, once EC2's mapping was looked at.
+    Mapping(Option<VolumeId>),
 }
 
 impl Disk {
-    /// The EBS volume this disk is, if its serial number says so and it is no instance store.
+    /// The EBS volume this disk is, if its serial number or EC2's mapping says so and it is no
+    /// instance store.
     #[must_use]
     pub fn volume_id(&self) -> Option<VolumeId> {
+        if let ToldBy::Mapping(volume) = &self.told_by {
+            return volume.clone();
+        }
         if self.model.as_deref() == Some(INSTANCE_STORE) {
             return None;
         }
@@ -163,7 +239,8 @@ impl Disk {
     }
 }
 
-fn attribute(dir: &Path, names: &[&str]) -> Result<Option<String>> {
+/// The first of these attributes of a sysfs directory that is there and not empty.
+pub(super) fn attribute(dir: &Path, names: &[&str]) -> Result<Option<String>> {
     for name in names {
         let path = dir.join(name);
         match fs::read_to_string(&path) {
@@ -192,85 +269,47 @@ fn disks_under(sys_block: &Path) -> Result<Vec<Disk>> {
         if !dir.join("device").exists() || attribute(&dir, &["hidden"])?.as_deref() == Some("1") {
             continue;
         }
-        let Some(number) = attribute(&dir, &["dev"])?.as_deref().and_then(DevNum::parse) else {
-            continue;
-        };
-        // `size` counts 512-byte sectors whatever the disk's own sector size is.
-        let sectors: u64 = match attribute(&dir, &["size"])? {
-            Some(text) => {
-                text.parse().with_context(|| format!("reading {}/size", dir.display()))?
-            }
-            None => continue,
-        };
-        found.push(Disk {
-            name: dir.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-            number,
-            // NVMe has it below `device`, virtio beside it.
-            serial: attribute(&dir, &["device/serial", "serial"])?,
-            model: attribute(&dir, &["device/model"])?,
-            size: sectors * 512,
-        });
+        found.extend(disk_in(&dir)?);
     }
     found.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(found)
 }
 
+/// The disk whose sysfs directory this is; none if it went away meanwhile.
+pub(super) fn disk_in(dir: &Path) -> Result<Option<Disk>> {
+    let number = attribute(dir, &["dev"])?.as_deref().and_then(DevNum::parse);
+    // `size` counts 512-byte sectors whatever the disk's own sector size is.
+    let (Some(number), Some(sectors)) = (number, attribute(dir, &["size"])?) else {
+        return Ok(None);
+    };
+    let sectors: u64 =
+        sectors.parse().with_context(|| format!("reading {}/size", dir.display()))?;
+    // Xen's block devices name their kind on the Xen bus, and have no serial number.
+    let xen = attribute(dir, &["device/devtype"])?.as_deref() == Some("vbd");
+    Ok(Some(Disk {
+        name: dir.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        number,
+        // NVMe has it below `device`, virtio beside it.
+        serial: attribute(dir, &["device/serial", "serial"])?,
+        model: attribute(dir, &["device/model"])?,
+        size: sectors * 512,
+        told_by: if xen { ToldBy::Mapping(None) } else { ToldBy::Serial },
+    }))
+}
+
 /// The size in bytes of the sectors in which a disk stores its data; what a filesystem should use.
-pub fn physical_block_size(disk: &Disk) -> Result<u64> {
-    let dir = PathBuf::from(format!("/sys/dev/block/{}", disk.number));
+pub fn physical_block_size(device: DevNum) -> Result<u64> {
+    let dir = PathBuf::from(format!("/sys/dev/block/{device}"));
     attribute(&dir, &["queue/physical_block_size"])?
         .and_then(|text| text.parse().ok())
-        .with_context(|| format!("the kernel does not tell the size of {}'s sectors", disk.name))
+        .with_context(|| format!("the kernel does not tell the size of the sectors of {device}"))
 }
 
-/// The whole disk with this device number.
-pub fn disk_by_number(number: DevNum) -> Result<Option<Disk>> {
-    Ok(disks()?.into_iter().find(|disk| disk.number == number))
-}
-
-/// The one disk that is this volume. Two disks with one serial number are an error: then the serial
-/// does not tell which is meant.
-pub fn disk_of_volume(volume: &VolumeId) -> Result<Option<Disk>> {
-    let mut found: Vec<Disk> =
-        disks()?.into_iter().filter(|disk| disk.volume_id().as_ref() == Some(volume)).collect();
-    if found.len() > 1 {
-        let names: Vec<&str> = found.iter().map(|disk| disk.name.as_str()).collect();
-        bail!("{} disks have the serial number of {volume}: {}", found.len(), names.join(", "));
-    }
-    Ok(found.pop())
-}
-
-/// The stable link that udev made for a disk, with the serial number in its name: the name that a
-/// mount unit may use, because no other disk gets it at the next boot.
-pub fn link_by_id(disk: &Disk) -> Result<Option<PathBuf>> {
-    let dir = Path::new("/dev/disk/by-id");
-    let Some(serial) = &disk.serial else { return Ok(None) };
-    let entries = match fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(e).context("listing /dev/disk/by-id"),
-    };
-    let mut links = Vec::new();
-    for entry in entries {
-        let link = entry.context("listing /dev/disk/by-id")?.path();
-        let name = link.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        // A link is a hint: what it leads to is what counts.
-        if name.contains(serial.as_str())
-            && fs::metadata(&link).is_ok_and(|m| DevNum::of(m.rdev()) == disk.number)
-        {
-            links.push(link);
-        }
-    }
-    // With the namespace's number first: udev's rules call the shorter form obsolete.
-    links.sort_by_key(|link| (!link.to_string_lossy().ends_with("_1"), link.clone()));
-    Ok(links.into_iter().next())
-}
-
-/// Who uses a disk: partitions, device mapper and md above it, mounts, swap. Empty means nobody.
-pub fn users(disk: &Disk) -> Result<Vec<String>> {
-    let dir = Path::new("/sys/block").join(&disk.name);
+/// Who uses a device: partitions, device mapper and md above it, mounts, swap. Empty means nobody.
+pub fn users(device: DevNum) -> Result<Vec<String>> {
+    let dir = PathBuf::from(format!("/sys/dev/block/{device}"));
     let mut users = Vec::new();
-    let mut numbers = vec![disk.number];
+    let mut numbers = vec![device];
     for entry in fs::read_dir(&dir).with_context(|| format!("listing {}", dir.display()))? {
         let path = entry.with_context(|| format!("listing {}", dir.display()))?.path();
         if path.join("partition").exists() {
@@ -308,30 +347,6 @@ fn holders(dir: &Path) -> Result<Vec<String>> {
         names.push(format!("held by {}", entry.file_name().to_string_lossy()));
     }
     Ok(names)
-}
-
-/// Opens a disk's device file and proves, by the opened descriptor, that it is that disk.
-pub fn open_checked(disk: &Disk, options: &OpenOptions) -> Result<File> {
-    let path = disk.path();
-    let file = options.open(&path).with_context(|| format!("opening {}", path.display()))?;
-    let meta = file.metadata().with_context(|| format!("looking at {}", path.display()))?;
-    if !meta.file_type().is_block_device() || DevNum::of(meta.rdev()) != disk.number {
-        bail!("{} is not the block device {}", path.display(), disk.number);
-    }
-    check_serial(disk)?;
-    Ok(file)
-}
-
-/// Reads the serial number of a disk again, which must be open, so that its number still means it.
-pub fn check_serial(disk: &Disk) -> Result<()> {
-    let path = disk.path();
-    // By number, not by name: this is what the kernel says of the device that is now open.
-    let dir = PathBuf::from(format!("/sys/dev/block/{}", disk.number));
-    let serial = attribute(&dir, &["device/serial", "serial"])?;
-    if serial != disk.serial {
-        bail!("{} has the serial number {serial:?}, not {:?}", path.display(), disk.serial);
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -383,6 +398,13 @@ mod tests {
         assert_eq!(found[0].name, "nvme0n1");
         assert_eq!(found[0].size, SIZE);
         assert_eq!(found[0].volume_id(), VolumeId::parse("vol-0123456789abcdef0"));
+        disk("xvdf", "0\n", true, "");
+        let xen = root.path().join("xvdf/device");
+        fs::remove_file(xen.join("model")).unwrap();
+        fs::write(xen.join("devtype"), "vbd\n").unwrap();
+        let found = disks_under(root.path()).unwrap();
+        assert_eq!((found[1].name.as_str(), found[1].volume_id()), ("xvdf", None));
+        assert_eq!(found[1].told_by, ToldBy::Mapping(None), "a disk of Xen's has no serial number");
         let store = Disk { model: Some(INSTANCE_STORE.into()), ..found[0].clone() };
         assert_eq!(store.volume_id(), None, "an instance store is never a volume");
     }

@@ -20,8 +20,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::block::{self, Disk};
 use super::command;
+use super::device::DataDevice;
 use super::format::Image;
 use super::signatures;
 pub use super::signatures::Found;
@@ -107,23 +107,23 @@ const GRACE: Duration = Duration::from_secs(5);
 /// Looks at what is on a disk, within `limit`. With the image of a format that may have been
 /// interrupted, the disk is also compared with that.
 pub async fn inspect(
-    disk: &Disk,
+    device: &DataDevice,
     image: Option<Arc<Image>>,
     limit: Duration,
 ) -> Result<Inspection> {
     let direct = nix::libc::O_DIRECT;
-    let file = block::open_checked(disk, OpenOptions::new().read(true).custom_flags(direct))?;
-    inspect_opened(&file, disk, image, limit).await
+    let file = device.open(OpenOptions::new().read(true).custom_flags(direct))?;
+    inspect_opened(&file, device, image, limit).await
 }
 
 /// As [`inspect`], through a descriptor that was opened for direct I/O.
 pub async fn inspect_opened(
     file: &File,
-    disk: &Disk,
+    device: &DataDevice,
     image: Option<Arc<Image>>,
     limit: Duration,
 ) -> Result<Inspection> {
-    let (began, path, size) = (Instant::now(), disk.path(), disk.size);
+    let (began, path, size) = (Instant::now(), device.path(), device.size());
     let mut tries = 1;
     loop {
         let told = blkid(&path).await?;

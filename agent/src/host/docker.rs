@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
@@ -54,6 +54,11 @@ const NAMED_BY_USERS: [&str; 2] = ["volumes/*", "containers/*"];
 
 /// Looks at a storage directory without following a link in its place.
 pub fn storage(path: &Path) -> Result<Storage> {
+    storage_at(path, path)
+}
+
+/// The same for a directory that is reached at `path` and is `shown` in the answer.
+pub fn storage_at(path: &Path, shown: &Path) -> Result<Storage> {
     let doing = || format!("looking at {}", path.display());
     let meta = match fs::symlink_metadata(path) {
         Ok(meta) => meta,
@@ -67,11 +72,17 @@ pub fn storage(path: &Path) -> Result<Storage> {
     if !meta.is_dir() {
         return Ok(Storage::NotADirectory);
     }
-    Ok(first_used(path, path)?.map_or(Storage::Unused, Storage::Used))
+    Ok(match first_used(path, path)? {
+        None => Storage::Unused,
+        Some(found) => {
+            let found = found.strip_prefix(path).unwrap_or(&found);
+            Storage::Used(shown.join(found).display().to_string())
+        }
+    })
 }
 
 /// The first path under `dir` that is somebody's data.
-fn first_used(top: &Path, dir: &Path) -> Result<Option<String>> {
+fn first_used(top: &Path, dir: &Path) -> Result<Option<PathBuf>> {
     let doing = || format!("listing {}", dir.display());
     let mut entries = fs::read_dir(dir)
         .with_context(doing)?
@@ -84,7 +95,7 @@ fn first_used(top: &Path, dir: &Path) -> Result<Option<String>> {
         let relative = path.strip_prefix(top).unwrap_or(&path).to_string_lossy().into_owned();
         if kind.is_dir() {
             if NAMED_BY_USERS.iter().any(|pattern| matches(pattern, &relative)) {
-                return Ok(Some(path.display().to_string()));
+                return Ok(Some(path));
             }
             if let Some(found) = first_used(top, &path)? {
                 return Ok(Some(found));
@@ -92,7 +103,7 @@ fn first_used(top: &Path, dir: &Path) -> Result<Option<String>> {
         } else if !((kind.is_file() || kind.is_block_device())
             && HOUSEKEEPING.iter().any(|pattern| matches(pattern, &relative)))
         {
-            return Ok(Some(path.display().to_string()));
+            return Ok(Some(path));
         }
     }
     Ok(None)

@@ -1,5 +1,6 @@
 //! Files and directories: reading where absence is an answer, replacing atomically and durably.
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write as _};
 use std::os::unix::fs::{
@@ -20,13 +21,20 @@ pub fn read_optional(path: &Path) -> Result<Option<String>> {
 }
 
 /// Replaces a file so that, whenever the power fails, either the old content or the new is there.
-/// Missing parent directories are made (mode 0755).
+/// Missing parent directories are made (mode 0755). One writer at a time.
 pub fn write_atomic(path: &Path, content: &str, mode: u32) -> Result<()> {
     let doing = || format!("writing {}", path.display());
     let dir = path.parent().with_context(doing)?;
     make_directories(dir, 0o755)?;
-    let mut file =
-        tempfile::Builder::new().prefix(".hostagent-").tempfile_in(dir).with_context(doing)?;
+    // Always the same name: what a power cut left of an earlier attempt does not pile up.
+    let mut name = OsString::from(".hostagent-");
+    name.push(path.file_name().with_context(doing)?);
+    remove(&dir.join(&name))?;
+    let mut file = tempfile::Builder::new()
+        .prefix(&name)
+        .rand_bytes(0)
+        .tempfile_in(dir)
+        .with_context(doing)?;
     file.write_all(content.as_bytes()).with_context(doing)?;
     file.as_file().set_permissions(fs::Permissions::from_mode(mode)).with_context(doing)?;
     file.as_file().sync_all().with_context(doing)?;
@@ -137,6 +145,7 @@ pub fn prepare_mount_point(path: &Path) -> Result<()> {
         .with_context(|| format!("reading the attributes of {}", path.display()))?;
     rustix::fs::ioctl_setflags(&dir, flags | IFlags::IMMUTABLE)
         .with_context(|| format!("making {} immutable", path.display()))?;
+    dir.sync_all().with_context(|| format!("syncing the directory {}", path.display()))?;
     // Between the look and the flag something may have been put there.
     match place(path)? {
         Place::Empty { immutable: true } => Ok(()),
@@ -176,6 +185,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("new/f.conf");
         write_atomic(&path, "one", 0o600).unwrap();
+        // What a power cut can leave of an attempt.
+        fs::write(dir.path().join("new/.hostagent-f.conf"), "half").unwrap();
         write_atomic(&path, "two", 0o644).unwrap();
         assert_eq!(read_optional(&path).unwrap().as_deref(), Some("two"));
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o644);

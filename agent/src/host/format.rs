@@ -17,7 +17,7 @@
 use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,8 +31,9 @@ use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use super::block::{self, Disk, VolumeId};
+use super::block::{self, Volumes};
 use super::content::{self, BLOCK, Buffer, Content, Inspection, ReadAt, Reader, SECTOR};
+use super::device::DataDevice;
 use super::superblock::{self, Superblock};
 use super::{command, files};
 use crate::config::Filesystem;
@@ -68,8 +69,8 @@ pub enum Onto {
 /// What is to be made, and where.
 #[derive(Debug, Clone)]
 pub struct Order {
-    /// The volume.
-    pub volume_id: VolumeId,
+    /// The volumes.
+    pub volumes: Volumes,
     /// The filesystem.
     pub filesystem: Filesystem,
     /// The UUID it gets.
@@ -89,8 +90,8 @@ pub struct Intent {
     pub version: u32,
     /// The instance.
     pub instance_id: String,
-    /// The volume.
-    pub volume_id: VolumeId,
+    /// The volumes.
+    pub volumes: Volumes,
     /// The filesystem.
     pub filesystem: Filesystem,
     /// The UUID it is to have.
@@ -104,28 +105,28 @@ pub struct Intent {
 impl Intent {
     /// Whether this is about that filesystem on that disk of that instance.
     #[must_use]
-    pub fn is_for(&self, instance_id: &str, disk: &Disk, filesystem: Filesystem) -> bool {
-        let Some(volume_id) = disk.volume_id() else { return false };
+    pub fn is_for(&self, instance_id: &str, device: &DataDevice, filesystem: Filesystem) -> bool {
         self.version == VERSION
             && self.instance_id == instance_id
-            && self.volume_id == volume_id
+            && self.volumes == device.volumes
             && self.filesystem == filesystem
-            && self.uuid == volume_id.filesystem_uuid()
-            && self.size == disk.size
+            && self.uuid == device.volumes.filesystem_uuid()
+            && self.size == device.size()
     }
 }
 
-fn intent_path(volume: &VolumeId) -> PathBuf {
-    Path::new(DIR).join(format!("{volume}.json"))
+/// Files are named after the filesystem's UUID, which follows from the volumes.
+fn intent_path(volumes: &Volumes) -> PathBuf {
+    Path::new(DIR).join(format!("{}.json", volumes.filesystem_uuid()))
 }
 
-fn image_path(volume: &VolumeId) -> PathBuf {
-    Path::new(DIR).join(format!("{volume}.img"))
+fn image_path(volumes: &Volumes) -> PathBuf {
+    Path::new(DIR).join(format!("{}.img", volumes.filesystem_uuid()))
 }
 
 /// The intent that is kept for a volume. One that cannot be read is an error.
-pub fn intent(volume: &VolumeId) -> Result<Option<Intent>> {
-    let path = intent_path(volume);
+pub fn intent(volumes: &Volumes) -> Result<Option<Intent>> {
+    let path = intent_path(volumes);
     let doing = || format!("reading {}", path.display());
     let Some(text) = files::read_optional(&path)? else { return Ok(None) };
     let intent: Intent = serde_json::from_str(&text).with_context(doing)?;
@@ -134,8 +135,8 @@ pub fn intent(volume: &VolumeId) -> Result<Option<Intent>> {
 }
 
 /// Whether anything of a format is kept for a volume.
-pub fn remains(volume: &VolumeId) -> Result<bool> {
-    for path in [intent_path(volume), image_path(volume)] {
+pub fn remains(volumes: &Volumes) -> Result<bool> {
+    for path in [intent_path(volumes), image_path(volumes)] {
         match fs::symlink_metadata(&path) {
             Ok(_) => return Ok(true),
             Err(e) if e.kind() == ErrorKind::NotFound => {}
@@ -146,10 +147,10 @@ pub fn remains(volume: &VolumeId) -> Result<bool> {
 }
 
 /// Removes what is kept of a format. The intent first: without its image it allows nothing.
-pub fn forget(volume: &VolumeId) -> Result<()> {
-    if remains(volume)? {
-        files::remove(&intent_path(volume))?;
-        files::remove(&image_path(volume))?;
+pub fn forget(volumes: &Volumes) -> Result<()> {
+    if remains(volumes)? {
+        files::remove(&intent_path(volumes))?;
+        files::remove(&image_path(volumes))?;
     }
     Ok(())
 }
@@ -158,7 +159,7 @@ pub fn forget(volume: &VolumeId) -> Result<()> {
 pub async fn image_of(intent: &Intent) -> Result<Arc<Image>> {
     let intent = intent.clone();
     let load = move |_| {
-        let path = image_path(&intent.volume_id);
+        let path = image_path(&intent.volumes);
         let image = Image::open(&path, intent.filesystem, intent.uuid, intent.size)?;
         let checksum = image.checksum()?;
         ensure!(checksum == intent.checksum, "{} is not what was written there", path.display());
@@ -278,15 +279,19 @@ fn extents(file: &File) -> Result<Vec<(u64, u64)>> {
 }
 
 /// The part of [`format()`] that takes nothing but the root disk: mkfs on a new image.
-async fn make_image(order: &Order, disk: &Disk, began: Instant) -> Result<(Arc<Image>, Duration)> {
+async fn make_image(
+    order: &Order,
+    device: &DataDevice,
+    began: Instant,
+) -> Result<(Arc<Image>, Duration)> {
     let (program, package) = tool(order.filesystem);
     ensure!(installed(order.filesystem)?, "{program} is not there; install the package {package}");
-    let path = image_path(&order.volume_id);
+    let path = image_path(&order.volumes);
     let text = path.to_str().context("a path that is not UTF-8")?;
     // An intent that is there speaks of an image that is not wanted any more.
-    forget(&order.volume_id)?;
-    create_image(&path, order.filesystem, disk.size)?;
-    let args = arguments(order.filesystem, order.uuid, disk)?;
+    forget(&order.volumes)?;
+    create_image(&path, order.filesystem, device.size())?;
+    let args = arguments(order.filesystem, order.uuid, device)?;
     let mut args: Vec<&str> = args.iter().map(String::as_str).collect();
     args.push(text);
     let after_ms = ms(began.elapsed());
@@ -297,7 +302,7 @@ async fn make_image(order: &Order, disk: &Disk, began: Instant) -> Result<(Arc<I
         files::remove(&path)?;
         return Err(e.context(format!("making the filesystem in {text}")));
     }
-    let (filesystem, uuid, size) = (order.filesystem, order.uuid, disk.size);
+    let (filesystem, uuid, size) = (order.filesystem, order.uuid, device.size());
     let settle = move |_| {
         let image = Image::open(&path, filesystem, uuid, size)?;
         image.file.sync_all().with_context(|| format!("syncing {}", path.display()))?;
@@ -369,7 +374,7 @@ fn label(filesystem: Filesystem) -> &'static str {
 }
 
 /// What mkfs is told. The file does not tell it what the disk is like, so that is said.
-fn arguments(filesystem: Filesystem, uuid: Uuid, disk: &Disk) -> Result<Vec<String>> {
+fn arguments(filesystem: Filesystem, uuid: Uuid, device: &DataDevice) -> Result<Vec<String>> {
     let label = label(filesystem);
     let text = match filesystem {
         // Nothing is discarded, and the journal not zeroed: the file is all holes, and the disk's
@@ -378,12 +383,13 @@ fn arguments(filesystem: Filesystem, uuid: Uuid, disk: &Disk) -> Result<Vec<Stri
             "-q -F -b 4096 -E nodiscard,lazy_itable_init=1,lazy_journal_init=1 -L {label} -U {uuid}"
         ),
         Filesystem::Xfs => {
-            let sector = block::physical_block_size(disk)?;
+            let sector = block::physical_block_size(device.number())?;
             ensure!(
                 matches!(sector, 512 | 1024 | 2048 | 4096),
                 "the disk's sectors have {sector} bytes"
             );
-            let log = xfs_log(disk.size).map(|log| format!(" -l size={log}")).unwrap_or_default();
+            let log =
+                xfs_log(device.size()).map(|log| format!(" -l size={log}")).unwrap_or_default();
             format!(
                 "-q -f -K -b size=4096 -s size={sector}{log} -m crc=1,uuid={uuid} -n ftype=1 -L {label}"
             )
@@ -394,48 +400,48 @@ fn arguments(filesystem: Filesystem, uuid: Uuid, disk: &Disk) -> Result<Vec<Stri
 
 /// Makes the filesystem. Everything that led to it is proven again here, on the opened disk: the
 /// serial number, that nobody uses it, and what is on it.
-pub async fn format(order: &Order) -> Result<()> {
+pub async fn format(order: &Order, device: &DataDevice) -> Result<()> {
     let began = Instant::now();
-    let volume_id = &order.volume_id;
-    let disk = block::disk_of_volume(volume_id)?
-        .with_context(|| format!("the kernel has no disk with the serial number of {volume_id}"))?;
-    let users = block::users(&disk)?;
-    ensure!(users.is_empty(), "{volume_id} is in use: {}", users.join(", "));
+    let volumes = &order.volumes;
+    ensure!(device.volumes == *volumes, "the data volume is {} by now", device.volumes);
+    let users = block::users(device.number())?;
+    ensure!(users.is_empty(), "{volumes} is in use: {}", users.join(", "));
 
     // The lock keeps udev from probing meanwhile (https://systemd.io/BLOCK_DEVICE_LOCKING).
-    let pinned = block::open_checked(&disk, OpenOptions::new().read(true).write(true))?;
+    let pinned = device.open(OpenOptions::new().read(true).write(true))?;
     let locked =
-        lock(pinned).await.with_context(|| format!("locking {}", disk.path().display()))?;
+        lock(pinned).await.with_context(|| format!("locking {}", device.path().display()))?;
     // From here to the end nobody can mount, map or format it: O_EXCL on a block device fails while
     // anybody has it so open, and keeps everybody else from opening it so.
     let mut exclusive = OpenOptions::new();
     exclusive.read(true).write(true).custom_flags(nix::libc::O_EXCL | nix::libc::O_DIRECT);
-    let device = block::open_checked(&disk, &exclusive)
-        .with_context(|| format!("{volume_id} is in use, though nothing explains by whom"))?;
+    let opened = device
+        .open(&exclusive)
+        .with_context(|| format!("{volumes} is in use, though nothing explains by whom"))?;
 
     // What was begun is finished with the image that is there: for a disk that is not blank, an
     // intent must not be lost before the filesystem is complete.
     let kept = match order.onto {
         Onto::Blank => None,
-        Onto::Unfinished => Some(begun(order, &disk).await?),
-        Onto::Unrecognised => begun(order, &disk).await.ok(),
+        Onto::Unfinished => Some(begun(order, device).await?),
+        Onto::Unrecognised => begun(order, device).await.ok(),
     };
     let (image, mkfs, seen) = if let Some(image) = kept {
         let compare = (order.onto == Onto::Unfinished).then(|| image.clone());
-        let seen = content::inspect_opened(&device, &disk, compare, PROOF_DEADLINE).await?;
+        let seen = content::inspect_opened(&opened, device, compare, PROOF_DEADLINE).await?;
         still(order, &seen, true)?;
         (image, Duration::ZERO, seen)
     } else {
         let proof = async {
-            let seen = content::inspect_opened(&device, &disk, None, PROOF_DEADLINE).await?;
+            let seen = content::inspect_opened(&opened, device, None, PROOF_DEADLINE).await?;
             still(order, &seen, false)?;
             Ok(seen)
         };
-        match tokio::try_join!(make_image(order, &disk, began), proof) {
+        match tokio::try_join!(make_image(order, device, began), proof) {
             Ok(((image, took), seen)) => (image, took, seen),
             Err(e) => {
                 // mkfs, if it still ran, is killed; what it made is not wanted.
-                if let Err(left) = forget(volume_id) {
+                if let Err(left) = forget(volumes) {
                     warn!(control = "data-filesystem", "something is left of the image: {left:#}");
                 }
                 return Err(e);
@@ -444,17 +450,17 @@ pub async fn format(order: &Order) -> Result<()> {
     };
 
     let write = {
-        let (image, order, disk) = (image.clone(), order.clone(), disk.clone());
-        move |deadline| write(&device, &image, &order, &disk, deadline)
+        let (image, order, device) = (image.clone(), order.clone(), device.clone());
+        move |deadline| write(&opened, &image, &order, &device, deadline)
     };
     let start = Instant::now();
     let written = content::in_time(start, COPY_DEADLINE, write)
         .await
-        .with_context(|| format!("writing to {}", disk.path().display()))?;
+        .with_context(|| format!("writing to {}", device.path().display()))?;
     // The filesystem is complete: it can be recognised from here on, and by nothing before.
     drop(image);
     drop(locked);
-    forget(volume_id)?;
+    forget(volumes)?;
     let (mkfs_ms, copy_ms, total_ms) = (ms(mkfs), ms(start.elapsed()), ms(began.elapsed()));
     let (proof_ms, proof_bytes) = (seen.milliseconds, seen.bytes);
     info!(
@@ -465,26 +471,26 @@ pub async fn format(order: &Order) -> Result<()> {
         copy_ms,
         copy_bytes = written,
         total_ms,
-        "{} is written to {volume_id} in {total_ms} ms (proof {proof_ms}, mkfs {mkfs_ms}, copy {copy_ms})",
+        "{} is written to {volumes} in {total_ms} ms (proof {proof_ms}, mkfs {mkfs_ms}, copy {copy_ms})",
         order.filesystem.as_str()
     );
     Ok(())
 }
 
 /// The image with which this order was begun by a run that was interrupted.
-async fn begun(order: &Order, disk: &Disk) -> Result<Arc<Image>> {
-    let intent = intent(&order.volume_id)?.context("what was begun is not known any more")?;
+async fn begun(order: &Order, device: &DataDevice) -> Result<Arc<Image>> {
+    let intent = intent(&order.volumes)?.context("what was begun is not known any more")?;
     ensure!(
-        intent.is_for(&order.instance_id, disk, order.filesystem),
+        intent.is_for(&order.instance_id, device, order.filesystem),
         "what was begun is not what is to be made: {intent:?}"
     );
     image_of(&intent).await
 }
 
-/// Whether the disk holds what the plan has seen; `begun` is whether an earlier run has begun to
+/// Whether the device holds what the plan has seen; `begun` is whether an earlier run has begun to
 /// write to it.
 fn still(order: &Order, seen: &Inspection, begun: bool) -> Result<()> {
-    let (id, onto, content) = (&order.volume_id, order.onto, &seen.content);
+    let (id, onto, content) = (&order.volumes, order.onto, &seen.content);
     if let Some(copy) = seen.remnant_of(order.uuid)
         && onto == Onto::Unrecognised
         && !begun
@@ -519,32 +525,30 @@ async fn lock(mut file: File) -> Result<Flock<File>> {
 
 /// The one place where a disk is written to.
 fn write(
-    device: &File,
+    opened: &File,
     image: &Image,
     order: &Order,
-    disk: &Disk,
+    device: &DataDevice,
     deadline: std::time::Instant,
 ) -> Result<u64> {
     if order.onto != Onto::Unfinished {
         let intent = Intent {
             version: VERSION,
             instance_id: order.instance_id.clone(),
-            volume_id: order.volume_id.clone(),
+            volumes: order.volumes.clone(),
             filesystem: order.filesystem,
             uuid: order.uuid,
-            size: disk.size,
+            size: device.size(),
             checksum: image.checksum()?,
         };
         let mut text = serde_json::to_string_pretty(&intent).context("writing down the intent")?;
         text.push('\n');
-        files::write_atomic(&intent_path(&order.volume_id), &text, 0o600)?;
+        files::write_atomic(&intent_path(&order.volumes), &text, 0o600)?;
     }
     // At the moment of writing: the kernel's word on the device that is open.
-    let meta = device.metadata().context("looking at the opened disk")?;
-    ensure!(block::DevNum::of(meta.rdev()) == disk.number, "the opened disk is another one");
-    block::check_serial(disk)?;
-    Copy { device, image, onto: order.onto, allowed: order.allowed, size: disk.size, deadline }
-        .run()
+    device.check(opened)?;
+    let (onto, allowed, size) = (order.onto, order.allowed, device.size());
+    Copy { device: opened, image, onto, allowed, size, deadline }.run()
 }
 
 /// A disk to copy to; a trait so that tests can cut the power.
@@ -698,19 +702,16 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::cell::{Cell, RefCell};
+    use std::os::unix::fs::MetadataExt as _;
     use std::process::Command;
 
     const SIZE: u64 = 128 << 20;
     const UUID: Uuid = uuid::uuid!("f0b4e71b-1faa-5482-8fe4-ee9f5521efef");
 
-    fn disk() -> Disk {
-        Disk {
-            name: "none".into(),
-            number: block::DevNum { major: 0, minor: 0 },
-            serial: Some("vol0123456789abcdef0".into()),
-            model: None,
-            size: SIZE,
-        }
+    fn device(size: u64) -> DataDevice {
+        let mut device = crate::host::device::example(block::DevNum { major: 0, minor: 0 });
+        device.layer.size = size;
+        device
     }
 
     /// What mkfs.ext4 makes with the arguments that hostagent gives it.
@@ -718,7 +719,7 @@ mod tests {
         let path = dir.join("image");
         File::create(&path).unwrap().set_len(SIZE).unwrap();
         let made = Command::new(command::MKFS_EXT4)
-            .args(arguments(Filesystem::Ext4, UUID, &disk()).unwrap())
+            .args(arguments(Filesystem::Ext4, UUID, &device(SIZE)).unwrap())
             .arg(&path)
             .output()
             .unwrap();
@@ -850,7 +851,7 @@ mod tests {
         let path = dir.path().join("image");
         let size = 200 << 30;
         File::create(&path).unwrap().set_len(size).unwrap();
-        let args = arguments(Filesystem::Ext4, UUID, &Disk { size, ..disk() }).unwrap();
+        let args = arguments(Filesystem::Ext4, UUID, &device(size)).unwrap();
         let made = Command::new(command::MKFS_EXT4).args(args).arg(&path).output().unwrap();
         assert!(made.status.success(), "{made:?}");
         let image = Image::open(&path, Filesystem::Ext4, UUID, size).unwrap();
@@ -918,7 +919,7 @@ mod tests {
         let path = dir.path().join("image");
         for size in [1 << 30, 8 << 30] {
             File::create(&path).unwrap().set_len(size).unwrap();
-            let args = arguments(Filesystem::Ext4, UUID, &disk()).unwrap();
+            let args = arguments(Filesystem::Ext4, UUID, &device(size)).unwrap();
             let made = Command::new(command::MKFS_EXT4).args(args).arg(&path).output().unwrap();
             assert!(made.status.success(), "{made:?}");
             let file = File::open(&path).unwrap();
@@ -1005,7 +1006,7 @@ mod tests {
     #[test]
     fn the_step_goes_on_only_over_what_the_plan_saw() {
         let order = |onto, allowed| Order {
-            volume_id: VolumeId::parse("vol-0123456789abcdef0").unwrap(),
+            volumes: device(SIZE).volumes,
             filesystem: Filesystem::Ext4,
             uuid: UUID,
             onto,

@@ -1,25 +1,43 @@
 //! All I/O with the machine. Functions here say what is, or change one thing; what it means is
 //! decided in the controls, and which change is made is decided in a plan.
 
+pub mod beneath;
 pub mod block;
+pub mod chain;
 pub mod command;
 pub mod content;
+pub mod device;
 pub mod docker;
 pub mod files;
 pub mod format;
+pub mod ground;
 pub mod growth;
 pub mod identity;
+pub mod kernel;
+pub mod logs;
+pub mod migration;
 pub mod mounts;
+pub mod processes;
+pub mod settings;
 pub mod signatures;
 pub mod sshd;
 pub mod superblock;
+pub mod swap;
 pub mod systemd;
+pub mod tree;
 pub mod uevents;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use tokio::sync::OnceCell;
 
 use systemd::Systemd;
+
+/// Looks at something that may take long, in a thread of its own: whoever waits can give up.
+pub async fn blocking<T: Send + 'static>(
+    look: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(look).await.context("a look ended without a result")?
+}
 
 /// The machine that hostagent runs on. Holds what is expensive to open; everything else is read
 /// afresh each time.

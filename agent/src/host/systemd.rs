@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use futures_util::StreamExt as _;
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use zbus::{OwnedObjectPath, OwnedVariant};
 
@@ -23,6 +24,17 @@ trait Manager {
     fn start_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
     fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
     fn reload_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+    fn restart_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
+    fn list_units_by_patterns(
+        &self,
+        states: &[&str],
+        patterns: &[&str],
+    ) -> zbus::Result<Vec<ListedUnit>>;
+    fn list_unit_files_by_patterns(
+        &self,
+        states: &[&str],
+        patterns: &[&str],
+    ) -> zbus::Result<Vec<(String, String)>>;
     fn reset_failed_unit(&self, name: &str) -> zbus::Result<()>;
 
     #[zbus(signal)]
@@ -48,11 +60,21 @@ pub struct Unit {
     pub requires: Vec<String>,
     /// `RequiresMountsFor=`
     pub requires_mounts_for: Vec<String>,
+    /// Whether the condition [`BARRED`] keeps the unit from starting.
+    pub barred: bool,
+    /// The units that pull this one in: `WantedBy=` and `RequiredBy=` as they are in force.
+    pub wanted_by: Vec<String>,
     /// The command lines of `ExecStartPre=`; a service's only.
     pub exec_start_pre: Vec<ExecCommand>,
     /// The main process; a service's only, 0 if none runs.
     pub main_pid: u32,
+    /// When the main process was started; a service's only, none if it never was.
+    pub main_started: Option<Timestamp>,
 }
+
+/// A condition that is never met: a unit that has it is not started, and what requires the unit is
+/// started all the same.
+pub const BARRED: &str = "ConditionPathExists=!/";
 
 /// One command line of a unit.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -127,10 +149,21 @@ impl Systemd {
             after: take(&mut unit, "After").with_context(doing)?,
             requires: take(&mut unit, "Requires").with_context(doing)?,
             requires_mounts_for: take(&mut unit, "RequiresMountsFor").with_context(doing)?,
+            wanted_by: take(&mut unit, "WantedBy").with_context(doing)?,
             ..Unit::default()
         };
+        is.wanted_by.extend(take::<Vec<String>>(&mut unit, "RequiredBy").with_context(doing)?);
+        let conditions: Vec<ConditionTuple> = take(&mut unit, "Conditions").with_context(doing)?;
+        is.barred = conditions.iter().any(|(kind, trigger, negate, parameter, _)| {
+            *negate && !trigger && format!("{kind}=!{parameter}") == BARRED
+        });
         if name.ends_with(".service") && is.exists() {
             is.main_pid = take(&mut service, "MainPID").with_context(doing)?;
+            let started: u64 = take(&mut service, "ExecMainStartTimestamp").with_context(doing)?;
+            is.main_started = i64::try_from(started)
+                .ok()
+                .filter(|started| *started != 0)
+                .and_then(|started| Timestamp::from_microsecond(started).ok());
             let commands: Vec<ExecTuple> =
                 take(&mut service, "ExecStartPre").with_context(doing)?;
             is.exec_start_pre = commands
@@ -139,6 +172,24 @@ impl Systemd {
                 .collect();
         }
         Ok(is)
+    }
+
+    /// The names of the units that PID 1 has in memory and that match a shell pattern.
+    pub async fn units_like(&self, pattern: &str) -> Result<Vec<String>> {
+        let listed = within(self.manager.list_units_by_patterns(&[], &[pattern])).await;
+        let listed = listed.with_context(|| format!("asking systemd for the units {pattern}"))?;
+        Ok(listed.into_iter().map(|unit| unit.0).collect())
+    }
+
+    /// The names of the units that match a shell pattern and whose files, as they are on disk now,
+    /// have them started at boot.
+    pub async fn enabled_like(&self, pattern: &str) -> Result<Vec<String>> {
+        let (states, patterns) = (["enabled"], [pattern]);
+        let listed = within(self.manager.list_unit_files_by_patterns(&states, &patterns)).await;
+        let listed =
+            listed.with_context(|| format!("asking systemd for the unit files {pattern}"))?;
+        let name = |path: String| path.rsplit('/').next().unwrap_or_default().to_owned();
+        Ok(listed.into_iter().map(|(path, _)| name(path)).collect())
     }
 
     /// Makes PID 1 read all unit files again.
@@ -162,6 +213,11 @@ impl Systemd {
     /// Makes a service read its configuration again and waits for the job's end.
     pub async fn reload(&self, name: &str, deadline: Duration) -> Result<()> {
         self.job("reloading", name, self.manager.reload_unit(name, "replace"), deadline).await
+    }
+
+    /// Stops and starts a unit and waits for the job's end.
+    pub async fn restart(&self, name: &str, deadline: Duration) -> Result<()> {
+        self.job("restarting", name, self.manager.restart_unit(name, "replace"), deadline).await
     }
 
     async fn job(
@@ -198,6 +254,14 @@ impl Systemd {
 
 /// `a(sasbttttuii)`: path, words, ignore failure, times of start and end twice, PID, code, status.
 type ExecTuple = (String, Vec<String>, bool, u64, u64, u64, u64, u32, i32, i32);
+
+/// `(sbbsi)`: kind, whether one of several suffices, whether it is negated, parameter, last result.
+type ConditionTuple = (String, bool, bool, String, i32);
+
+/// `(ssssssouso)`: name, description, load, active and sub state, followed unit, path, job's id, type
+/// and path.
+type ListedUnit =
+    (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
 
 fn take<T>(
     properties: &mut std::collections::HashMap<String, OwnedVariant>,

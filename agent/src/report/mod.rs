@@ -1,6 +1,7 @@
 //! The result of a run as a value, and its forms. What a verdict means is said here in words and in
 //! JSON; nothing is judged here.
 
+pub mod explain;
 pub mod text;
 
 use jiff::Timestamp;
@@ -22,7 +23,7 @@ pub struct Report {
     pub version: u32,
     /// The program's version.
     pub hostagent: &'static str,
-    /// `verify`, `plan` or `provision`.
+    /// `verify`, `plan`, `explain` or `provision`.
     pub command: &'static str,
     /// Which instance it ran on, if that is known.
     pub instance: Option<Identity>,

@@ -105,12 +105,28 @@ impl Cloud {
         self.send("POST", "/volume", volume)
     }
 
+    /// Changes some properties of a volume.
+    pub fn change_volume(&self, id: &str, changes: &Value) -> Result<()> {
+        self.send("PATCH", &format!("/volume/{id}"), changes)
+    }
+
     /// Says in the API that a volume is attached; the disk itself is [`crate::vm::Vm::plug_nvme`].
     /// What is attached at launch also stands in the metadata's block device mapping.
     pub fn attach(&self, volume: &str, device: &str, at_launch: bool) -> Result<()> {
+        self.attach_to_instance(qemu::INSTANCE_ID, volume, device, at_launch)
+    }
+
+    /// As [`Cloud::attach`], to another instance than the usual.
+    pub fn attach_to_instance(
+        &self,
+        instance: &str,
+        volume: &str,
+        device: &str,
+        at_launch: bool,
+    ) -> Result<()> {
         let body = json!({
             "volume": volume,
-            "instance": qemu::INSTANCE_ID,
+            "instance": instance,
             "device": device,
             "state": "attached",
             "at_launch": at_launch,

@@ -8,7 +8,7 @@ use crate::command::run as run_command;
 use crate::guest::Script;
 use crate::image::{DEFAULT_RELEASE, Image};
 use crate::progress::{human, say};
-use crate::qemu::{INSTANCE_ID, Machine, SERIAL_LOG};
+use crate::qemu::{Machine, Nvme, SERIAL_LOG};
 use crate::vm::{BOOT, Vm, spawn};
 use crate::{disk, host, package, snapshot, userdata};
 use anyhow::{Context as _, Result, bail, ensure};
@@ -152,13 +152,8 @@ pub fn hold(dir: &Path) -> Result<()> {
     snapshot::overlay(&image, &disk)?;
     let (ssh, ssh_before) = (free_port()?, free_port()?);
     let mut process = spawn(&Machine {
-        image: &image,
-        disk: &disk,
-        dir,
-        ports: cloud.ports(),
-        snapshot: None,
-        instance_id: INSTANCE_ID,
         forwards: vec![(ssh, 2222), (ssh_before, 22)],
+        ..Machine::new(&image, &disk, dir, cloud.ports())
     })?;
     let pid = i32::try_from(std::process::id())?;
     let state = State { pid, ports: cloud.ports(), ssh, ssh_before };
@@ -202,7 +197,7 @@ fn attach(cloud: &Cloud, vm: &mut Vm, dir: &Path) -> Result<()> {
     disk::create(&file, volume.size)?;
     cloud.volume(&volume)?;
     cloud.attach(VOLUME, "/dev/sdf", true)?;
-    vm.plug_nvme(&file, &volume.serial())
+    vm.plug_nvme(&Nvme::new(&file, &volume.serial()))
 }
 
 /// What the holder said, if it lives.

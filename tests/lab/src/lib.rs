@@ -6,6 +6,10 @@
 //! `qemu`, `qmp`, `guest` and `vm` run one instance; `cloud` runs what surrounds it; `snapshot`
 //! makes starting one cheap; `stage` puts them together for `scenarios`, which `runner` runs; and
 //! `demo` does the same for somebody who watches.
+//!
+//! Disks can be broken here in every way in which they break elsewhere: `disk` looks at them from
+//! outside, [`qemu::Fault`] makes them fail or hang, and a machine can be stopped at any moment to
+//! take what a power cut would leave ([`vm::Vm::frozen`]).
 
 // Values here are used or visibly thrown away; an attribute on every second function says nothing.
 #![allow(clippy::must_use_candidate, clippy::return_self_not_must_use)]

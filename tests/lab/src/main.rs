@@ -2,9 +2,11 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use lab::stage::Cuts;
 use lab::{demo, host, image, package, runner, snapshot};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::SystemTime;
 
 /// Simulated EC2 instances in which hostagent is tested and shown.
 #[derive(Debug, Parser)]
@@ -36,6 +38,12 @@ enum What {
         /// Show the journal, console and calls of scenarios that pass, too
         #[arg(long)]
         evidence: bool,
+        /// How many times `power-cut` cuts the power
+        #[arg(long, value_name = "N", default_value_t = 12)]
+        times: usize,
+        /// Cut at the moments that this number and those after it draw; random by default
+        #[arg(long, value_name = "S")]
+        seed: Option<u64>,
         /// Parts of scenarios' names
         #[arg(value_name = "FILTER")]
         filters: Vec<String>,
@@ -78,8 +86,13 @@ fn run(what: What) -> Result<ExitCode> {
     match what {
         What::Package { profile } => println!("{}", package::build(profile)?.display()),
         What::Test { list: true, .. } => runner::list(),
-        What::Test { jobs, deb, evidence, filters, .. } => {
-            if !runner::run(&filters, jobs, deb, evidence)? {
+        What::Test { jobs, deb, evidence, times, seed, filters, .. } => {
+            // By default the time in milliseconds, without what is the same for days.
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+            let seed =
+                seed.unwrap_or(u64::from(now.subsec_millis()) + now.as_secs() % 1_000_000 * 1000);
+            let cuts = Cuts { times, seed };
+            if !runner::run(&filters, runner::Options { jobs, deb, evidence, cuts })? {
                 return Ok(ExitCode::FAILURE);
             }
         }

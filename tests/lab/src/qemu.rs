@@ -5,7 +5,8 @@
 use crate::cloud::Ports;
 use crate::host;
 use crate::image::Image;
-use std::path::Path;
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The instance's id, which the kernel reads from the board's asset tag at boot. A snapshot
@@ -40,9 +41,29 @@ pub struct Machine<'a> {
     pub instance_id: &'a str,
     /// Ports of this machine's loopback that lead into the guest: (here, there).
     pub forwards: Vec<(u16, u16)>,
+    /// The NVMe disks that are there from the start, in the order of their PCI slots. A machine
+    /// that has some cannot be saved.
+    pub disks: Vec<Nvme>,
+    /// More of the kernel's command line, for a cold boot.
+    pub parameters: &'a str,
 }
 
-impl Machine<'_> {
+impl<'a> Machine<'a> {
+    /// The usual machine, booted cold.
+    pub fn new(image: &'a Image, disk: &'a Path, dir: &'a Path, ports: Ports) -> Self {
+        Self {
+            image,
+            disk,
+            dir,
+            ports,
+            snapshot: None,
+            instance_id: INSTANCE_ID,
+            forwards: Vec::new(),
+            disks: Vec::new(),
+            parameters: "",
+        }
+    }
+
     /// The command that starts the machine. QEMU dies with the thread that starts it: nothing
     /// stays behind when the lab is killed.
     pub fn command(&self) -> Command {
@@ -55,7 +76,9 @@ impl Machine<'_> {
         command.args(["-kernel", &self.image.kernel().display().to_string()]);
         command.args(["-initrd", &self.image.initrd().display().to_string()]);
         // An emulated processor has no secrets to leak, and pays for each mitigation.
-        command.args(["-append", "root=/dev/vda ro console=ttyS0 mitigations=off"]);
+        let parameters =
+            format!("root=/dev/vda ro console=ttyS0 mitigations=off {}", self.parameters);
+        command.args(["-append", parameters.trim_end()]);
         command.args([
             "-smbios",
             &format!(
@@ -76,6 +99,10 @@ impl Machine<'_> {
         command.args(["-chardev", &format!("file,id=serial,path={},append=on", path(SERIAL_LOG))]);
         command.args(["-serial", "chardev:serial"]);
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", path(MONITOR_SOCKET))]);
+        for disk in &self.disks {
+            command.args(["-blockdev", &disk.backend().to_string()]);
+            command.args(["-device", &disk.device().to_string()]);
+        }
         if let Some(snapshot) = self.snapshot {
             command.args(["-loadvm", snapshot]);
         }
@@ -99,6 +126,85 @@ impl Machine<'_> {
         network
     }
 }
+
+/// An NVMe disk: an EBS volume as an instance on Nitro sees it.
+#[derive(Debug, Clone)]
+pub struct Nvme {
+    /// The raw file that holds its content.
+    pub file: PathBuf,
+    /// Its serial number: the volume's id without its dash. It also names the device in QEMU.
+    pub serial: String,
+    /// What is wrong with it.
+    pub fault: Fault,
+}
+
+/// What is wrong with a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// Nothing.
+    None,
+    /// Reads that touch this sector of 512 bytes fail; without one, all reads do.
+    Read(Option<u64>),
+    /// All writes fail.
+    Write,
+    /// The disk takes writes, and fails to flush them.
+    Flush,
+    /// It can be made to answer no more, by [`crate::vm::Vm::hang`].
+    Hangs,
+}
+
+impl Nvme {
+    /// A disk in order.
+    pub fn new(file: &Path, serial: &str) -> Self {
+        Self { file: file.to_owned(), serial: serial.to_owned(), fault: Fault::None }
+    }
+
+    /// The block device in QEMU, for `-blockdev` and `blockdev-add`. Errors are injected between
+    /// the image format and the file: that is what `blkdebug` is for.
+    pub fn backend(&self) -> Value {
+        let file = json!({ "driver": "file", "filename": self.file });
+        let inject = |kind: &str, sector: Option<u64>| {
+            let mut rule = json!({ "event": "none", "iotype": kind, "errno": EIO });
+            if let Some(sector) = sector {
+                rule["sector"] = sector.into();
+            }
+            json!({ "driver": "blkdebug", "image": file, "inject-error": [rule] })
+        };
+        let file = match self.fault {
+            Fault::None => file,
+            Fault::Read(sector) => inject("read", sector),
+            Fault::Write => inject("write", None),
+            Fault::Flush => inject("flush", None),
+            Fault::Hangs => {
+                json!({ "driver": "throttle", "throttle-group": self.group(), "file": file })
+            }
+        };
+        json!({ "driver": "raw", "node-name": self.node(), "file": file })
+    }
+
+    /// The device in QEMU, for `-device` and `device_add`.
+    pub fn device(&self) -> Value {
+        json!({
+            "driver": "nvme",
+            "id": format!("nvme-{}", self.serial),
+            "drive": self.node(),
+            "serial": self.serial,
+        })
+    }
+
+    /// The name of its block device in QEMU.
+    pub fn node(&self) -> String {
+        format!("node-{}", self.serial)
+    }
+
+    /// The name of what limits a disk with [`Fault::Hangs`].
+    pub fn group(&self) -> String {
+        format!("limit-{}", self.serial)
+    }
+}
+
+/// Linux's number for an I/O error.
+const EIO: u32 = 5;
 
 /// The monitor's socket in a machine's directory.
 pub const MONITOR_SOCKET: &str = "qmp.sock";

@@ -4,7 +4,7 @@
 use crate::command::{cargo, line};
 use crate::progress::{human, say};
 use crate::scenarios::{ALL, Scenario};
-use crate::stage::{Props, Stage, Start};
+use crate::stage::{Cuts, Props, Stage, Start};
 use crate::{cloud, host, image, package, snapshot};
 use anyhow::{Context as _, Result, ensure};
 use std::fs::{self, File};
@@ -33,6 +33,19 @@ impl Count {
     }
 }
 
+/// How scenarios are run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// How many side by side; by default, as many as the machine has processors for.
+    pub jobs: Option<usize>,
+    /// The package to test; by default one is built.
+    pub deb: Option<PathBuf>,
+    /// Whether scenarios that pass show the journal, console and calls, too.
+    pub evidence: bool,
+    /// The power cuts of the scenarios that make some.
+    pub cuts: Cuts,
+}
+
 /// Prints the scenarios.
 pub fn list() {
     for scenario in ALL {
@@ -42,12 +55,7 @@ pub fn list() {
 
 /// Runs everything, or only the scenarios whose name contains one of the filters. Returns whether
 /// all passed.
-pub fn run(
-    filters: &[String],
-    jobs: Option<usize>,
-    deb: Option<PathBuf>,
-    evidence: bool,
-) -> Result<bool> {
+pub fn run(filters: &[String], options: Options) -> Result<bool> {
     let chosen: Vec<&Scenario> = ALL
         .iter()
         .filter(|scenario| {
@@ -62,7 +70,7 @@ pub fn run(
         count.add(cargo_tests()?);
         count.add(cloud_tests()?);
     }
-    count.add(scenarios(&chosen, jobs.unwrap_or_else(default_jobs), deb, evidence)?);
+    count.add(scenarios(&chosen, options)?);
     println!("{} passed, {} failed", count.passed, count.failed);
     Ok(count.failed == 0 && count.passed > 0)
 }
@@ -159,12 +167,9 @@ fn count_unittest(said: &str) -> Count {
 }
 
 /// Runs scenarios, several side by side if asked to.
-fn scenarios(
-    chosen: &[&Scenario],
-    jobs: usize,
-    deb: Option<PathBuf>,
-    evidence: bool,
-) -> Result<Count> {
+fn scenarios(chosen: &[&Scenario], options: Options) -> Result<Count> {
+    let Options { jobs, deb, evidence, cuts } = options;
+    let jobs = jobs.unwrap_or_else(default_jobs);
     remove_old_work();
     let image = image::Image::of(image::DEFAULT_RELEASE)?;
     let package = if chosen.iter().all(|scenario| scenario.start == Start::Booted) {
@@ -177,7 +182,7 @@ fn scenarios(
     if let Some(package) = &package {
         snapshot::Snapshot::installed(&image, package)?;
     }
-    let props = Props { image, package };
+    let props = Props { image, package, cuts };
     let next = AtomicUsize::new(0);
     let count = Mutex::new(Count::default());
     std::thread::scope(|scope| {

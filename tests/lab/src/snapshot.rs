@@ -8,7 +8,7 @@ use crate::command::{run, tail};
 use crate::guest::Script;
 use crate::image::Image;
 use crate::progress::Step;
-use crate::qemu::{self, INSTANCE_ID, Machine};
+use crate::qemu::{self, Machine};
 use crate::vm::{BOOT, Vm};
 use anyhow::{Context as _, Result, ensure};
 use std::path::{Path, PathBuf};
@@ -69,15 +69,7 @@ fn boot(image: &Image, dir: &Path) -> Result<()> {
     overlay(image, &disk)?;
     let cloud = Cloud::start(work.path())?;
     cloud.instance(&Instance::default())?;
-    let mut vm = Vm::start(&Machine {
-        image,
-        disk: &disk,
-        dir: work.path(),
-        ports: cloud.ports(),
-        snapshot: None,
-        instance_id: INSTANCE_ID,
-        forwards: Vec::new(),
-    })?;
+    let mut vm = Vm::start(&Machine::new(image, &disk, work.path(), cloud.ports()))?;
     if let Err(error) = settle(&mut vm).and_then(|()| slim(&mut vm)) {
         return Err(error.context(format!(
             "the first boot; the serial console ends with\n{}",
@@ -136,13 +128,8 @@ fn install(image: &Image, booted: &Snapshot, package: &Path, dir: &Path) -> Resu
         std::fs::read(package).with_context(|| format!("reading {}", package.display()))?;
     cloud.put_file("hostagent.deb", &content)?;
     let mut vm = Vm::start(&Machine {
-        image,
-        disk: &disk,
-        dir: work.path(),
-        ports: cloud.ports(),
         snapshot: Some(booted.name),
-        instance_id: INSTANCE_ID,
-        forwards: Vec::new(),
+        ..Machine::new(image, &disk, work.path(), cloud.ports())
     })?;
     let script = format!(
         "set -e; cd /tmp; curl -sSf -o hostagent.deb {FILES_URL}/hostagent.deb; \

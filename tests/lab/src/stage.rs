@@ -6,15 +6,31 @@ use crate::command::tail;
 use crate::disk;
 use crate::guest::{Guest, Script};
 use crate::image::Image;
-use crate::qemu::{INSTANCE_ID, Machine};
+use crate::qemu::{Fault, INSTANCE_ID, Machine, Nvme};
 use crate::snapshot::{self, Snapshot};
-use crate::vm::Vm;
+use crate::vm::{BOOT, Vm};
 use anyhow::{Context as _, Result, bail};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// The root disk's overlay in the work directory.
 const ROOT_DISK: &str = "root.qcow2";
+
+/// The kernel parameters of a brief boot: the kernel, systemd, udev, networkd, sshd, Docker and our
+/// units are as always. cloud-init, which alone takes half of a boot in emulation, does not look
+/// again at what the first boot has settled, and what no instance here uses is left out.
+pub const BRIEF: &str = "quiet \
+    systemd.mask=cloud-init-local.service systemd.mask=cloud-init.service \
+    systemd.mask=cloud-init-main.service systemd.mask=cloud-init-network.service \
+    systemd.mask=cloud-config.service systemd.mask=cloud-final.service \
+    systemd.mask=serial-getty@ttyS0.service systemd.mask=getty@tty1.service \
+    systemd.mask=dev-hugepages.mount systemd.mask=dev-mqueue.mount \
+    systemd.mask=sys-kernel-debug.mount systemd.mask=sys-kernel-tracing.mount \
+    systemd.mask=sys-kernel-config.mount systemd.mask=sys-fs-fuse-connections.mount \
+    systemd.mask=modprobe@drm.service systemd.mask=modprobe@fuse.service \
+    systemd.mask=modprobe@configfs.service systemd.mask=modprobe@efi_pstore.service \
+    module_blacklist=ata_piix,ata_generic,libata,scsi_mod,button,evdev,psmouse,serio_raw,i2c_piix4,\
+pcspkr,floppy,qemu_fw_cfg,aesni_intel,ghash_clmulni_intel,sha512_ssse3,sha256_ssse3,sha1_ssse3";
 
 /// The state an instance starts from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +49,17 @@ pub struct Props {
     pub image: Image,
     /// The .deb under test; absent when no scenario needs it.
     pub package: Option<PathBuf>,
+    /// The power cuts that are made where there are some.
+    pub cuts: Cuts,
+}
+
+/// How many power cuts are made, and at which moments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cuts {
+    /// How many.
+    pub times: usize,
+    /// Draws the first moment; the next seed draws the next.
+    pub seed: u64,
 }
 
 impl Props {
@@ -70,13 +97,8 @@ impl<'a> Stage<'a> {
             if let Some(snapshot) = snapshot {
                 snapshot.copy_to(&disk)?;
                 vm = Some(Vm::start(&Machine {
-                    image: &props.image,
-                    disk: &disk,
-                    dir,
-                    ports: cloud.ports(),
                     snapshot: Some(snapshot.name),
-                    instance_id: INSTANCE_ID,
-                    forwards: Vec::new(),
+                    ..Machine::new(&props.image, &disk, dir, cloud.ports())
                 })?);
             }
             first.join().unwrap_or_else(|_| bail!("the cloud's first request panicked"))
@@ -108,38 +130,63 @@ impl<'a> Stage<'a> {
     pub fn boot(&mut self, instance: &Instance) -> Result<()> {
         self.cloud.instance(instance)?;
         snapshot::overlay(&self.props.image, &self.root_disk())?;
-        self.power_on(&instance.id)
+        self.power_on(&instance.id, &[], false)
     }
 
     /// Cuts the power, and boots again from the same root disk. NVMe disks have to be plugged
     /// again: after a stop and a start they may be others.
     pub fn power_cycle(&mut self) -> Result<()> {
-        self.power_cycle_as(INSTANCE_ID)
+        drop(self.vm.take());
+        self.power_on(INSTANCE_ID, &[], false)
     }
 
-    /// As [`Stage::power_cycle`], but what boots is another instance: its root disk comes from an
-    /// image that was made of this one.
-    pub fn power_cycle_as(&mut self, instance_id: &str) -> Result<()> {
+    /// As [`Stage::power_cycle`], but with these disks from the start, in the order of their PCI
+    /// slots; what boots may be another instance, whose root disk comes from an image that was made
+    /// of this one. The boot is a [`BRIEF`] one, which this waits for.
+    pub fn power_cycle_with(&mut self, instance_id: &str, disks: &[&Volume]) -> Result<()> {
         drop(self.vm.take());
-        self.power_on(instance_id)
+        self.power_on(instance_id, disks, true)?;
+        self.guest()?.wait(BOOT)
+    }
+
+    /// Saves the running instance in its root disk under a name, instead of what was saved there,
+    /// and ends it.
+    pub fn save(&mut self, name: &str, replacing: &str) -> Result<()> {
+        let vm = self.vm.take().context("no instance runs on this stage")?;
+        vm.save(name, Some(replacing))
     }
 
     /// Makes a volume's disk, tells the cloud about the volume and that it is attached, and plugs
     /// the disk. Returns the disk's path.
     pub fn attach(&mut self, volume: &Volume, device: &str) -> Result<PathBuf> {
-        self.cloud.volume(volume)?;
-        self.cloud.attach(&volume.id, device, true)?;
+        self.announce(volume, device)?;
         self.plug(volume)
+    }
+
+    /// Tells the cloud about a volume and that it is attached; no disk is plugged.
+    pub fn announce(&self, volume: &Volume, device: &str) -> Result<()> {
+        self.cloud.volume(volume)?;
+        self.cloud.attach(&volume.id, device, true)
     }
 
     /// Plugs a volume's disk, made empty if it does not exist; the cloud is told nothing.
     pub fn plug(&mut self, volume: &Volume) -> Result<PathBuf> {
-        let path = self.dir.join(format!("{}.raw", volume.id));
-        if !path.exists() {
-            disk::create(&path, volume.size)?;
+        self.plug_with(volume, Fault::None)
+    }
+
+    /// As [`Stage::plug`], with something wrong with the disk.
+    pub fn plug_with(&mut self, volume: &Volume, fault: Fault) -> Result<PathBuf> {
+        let disk = Nvme { fault, ..self.disk_of(volume) };
+        if !disk.file.exists() {
+            disk::create(&disk.file, volume.size)?;
         }
-        self.vm()?.plug_nvme(&path, &volume.serial())?;
-        Ok(path)
+        self.vm()?.plug_nvme(&disk)?;
+        Ok(disk.file)
+    }
+
+    /// The disk of a volume, whether or not it is plugged.
+    pub fn disk_of(&self, volume: &Volume) -> Nvme {
+        Nvme::new(&self.dir.join(format!("{}.raw", volume.id)), &volume.serial())
     }
 
     /// Everything that helps to find out why a scenario failed.
@@ -172,15 +219,12 @@ impl<'a> Stage<'a> {
     }
 
     /// Boots what is on the root disk.
-    fn power_on(&mut self, instance_id: &str) -> Result<()> {
+    fn power_on(&mut self, instance_id: &str, disks: &[&Volume], brief: bool) -> Result<()> {
         self.vm = Some(Vm::start(&Machine {
-            image: &self.props.image,
-            disk: &self.root_disk(),
-            dir: &self.dir,
-            ports: self.cloud.ports(),
-            snapshot: None,
             instance_id,
-            forwards: Vec::new(),
+            disks: disks.iter().map(|volume| self.disk_of(volume)).collect(),
+            parameters: if brief { BRIEF } else { "" },
+            ..Machine::new(&self.props.image, &self.root_disk(), &self.dir, self.cloud.ports())
         })?);
         Ok(())
     }

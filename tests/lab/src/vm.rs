@@ -2,7 +2,7 @@
 //! value is dropped, or the lab killed, the instance is gone.
 
 use crate::guest::Guest;
-use crate::qemu::{AGENT_SOCKET, MONITOR_SOCKET, Machine, SERIAL_LOG};
+use crate::qemu::{AGENT_SOCKET, Fault, MONITOR_SOCKET, Machine, Nvme, SERIAL_LOG};
 use crate::qmp::Qmp;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
@@ -75,20 +75,13 @@ impl Vm {
     /// Plugs an NVMe disk into the running machine: an EBS volume being attached. The serial is
     /// the volume's id without its dash, as on Nitro. The serial also names the device for
     /// [`Vm::unplug`].
-    pub fn plug_nvme(&mut self, file: &Path, serial: &str) -> Result<()> {
-        let backing = json!({
-            "driver": "raw",
-            "node-name": format!("node-{serial}"),
-            "file": { "driver": "file", "filename": file },
-        });
-        self.monitor.execute("blockdev-add", &backing)?;
-        let device = json!({
-            "driver": "nvme",
-            "id": format!("nvme-{serial}"),
-            "drive": format!("node-{serial}"),
-            "serial": serial,
-        });
-        self.monitor.execute("device_add", &device).map(drop)
+    pub fn plug_nvme(&mut self, disk: &Nvme) -> Result<()> {
+        if disk.fault == Fault::Hangs {
+            let group = json!({ "qom-type": "throttle-group", "id": disk.group() });
+            self.monitor.execute("object-add", &group)?;
+        }
+        self.monitor.execute("blockdev-add", &disk.backend())?;
+        self.monitor.execute("device_add", &disk.device()).map(drop)
     }
 
     /// Plugs a virtio disk into the running machine, with the volume's serial. Unlike QEMU's NVMe
@@ -133,6 +126,34 @@ impl Vm {
         self.monitor.event("DEVICE_DELETED", Duration::from_secs(30))?;
         let node = json!({ "node-name": format!("node-{serial}") });
         self.monitor.execute("blockdev-del", &node).map(drop)
+    }
+
+    /// From now on a disk with [`Fault::Hangs`] answers no request: one byte a second is what it
+    /// may read and write.
+    pub fn hang(&mut self, disk: &Nvme) -> Result<()> {
+        let limits = json!({
+            "path": format!("/objects/{}", disk.group()),
+            "property": "limits",
+            "value": { "bps-total": 1 },
+        });
+        self.monitor.execute("qom-set", &limits).map(drop)
+    }
+
+    /// From now on the root disk is written to a file of its own, with what it held until now
+    /// beneath it.
+    pub fn divert_root(&mut self, overlay: &Path) -> Result<()> {
+        let snapshot = json!({ "device": "root", "snapshot-file": overlay, "format": "qcow2" });
+        self.monitor.execute("blockdev-snapshot-sync", &snapshot).map(drop)
+    }
+
+    /// Stands the machine still while `look` looks at its disks. What a disk holds then is what
+    /// would be left if the power failed at this moment: QEMU has ended the requests that were
+    /// under way, and nothing of what the guest had not written out is there.
+    pub fn frozen<T>(&mut self, look: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.monitor.execute("stop", &json!({}))?;
+        let seen = look();
+        self.monitor.execute("cont", &json!({}))?;
+        seen
     }
 
     /// Cuts the power and switches it on again: nothing in the guest gets to flush anything.

@@ -15,6 +15,16 @@ done
 # Its two hundred profiles take half a minute to load in emulation; Docker loads its own by itself.
 chroot "$root" systemctl mask --quiet apparmor.service
 
+# LVM, md and btrfs hold what udev finds on a disk, as on a host that has them. What they do besides
+# is of no use here and costs every boot: monitors, checks by the calendar, a larger initial file
+# system that looks for arrays and volume groups to find the root in.
+for unit in lvm2-monitor.service mdcheck_start.timer mdcheck_continue.timer \
+	mdmonitor-oneshot.timer mdmonitor.service; do
+	chroot "$root" systemctl mask --quiet "$unit"
+done
+rm -f "$root"/usr/share/initramfs-tools/hooks/lvm2 "$root"/usr/share/initramfs-tools/hooks/mdadm \
+	"$root"/usr/share/initramfs-tools/hooks/btrfs
+
 # As in a cloud image: keys and the machine's identity are made at the first boot.
 rm -f "$root"/etc/ssh/ssh_host_*
 : >"$root/etc/machine-id"

@@ -34,7 +34,8 @@ pub struct Instance {
 }
 
 impl Default for Instance {
-    /// The instance that the image and the snapshots show by DMI, as it should be: dedicated.
+    /// The instance that the image and the snapshots show by DMI, as it should be: dedicated, with an
+    /// encrypted root volume.
     fn default() -> Self {
         Self {
             id: qemu::INSTANCE_ID.to_owned(),
@@ -44,7 +45,7 @@ impl Default for Instance {
             tags: BTreeMap::new(),
             metadata_tags: false,
             root_volume: qemu::ROOT_SERIAL.replacen("vol", "vol-", 1),
-            root_encrypted: false,
+            root_encrypted: true,
             http_tokens: "required".to_owned(),
             public_key: None,
         }

@@ -21,11 +21,14 @@ pub(super) const GROUP: &str = "workers";
 pub(super) const HOOK: &str = "launch";
 
 /// All controls, in the order of the report.
-pub(super) const CONTROLS: [&str; 8] = [
+pub(super) const CONTROLS: [&str; 11] = [
     "instance-tenancy",
     "sshd-port",
     "boot-order",
+    "swap",
+    "core-dumps",
     "data-volume",
+    "root-volume",
     "data-filesystem",
     "data-mount",
     "data-size",

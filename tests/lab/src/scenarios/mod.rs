@@ -1,8 +1,13 @@
 //! The scenarios, in one explicit list. Each shows one thing on an instance of its own.
 
 mod boot;
+mod destroy;
+mod foreign;
 mod format;
 mod host;
+mod identity;
+mod leaks;
+mod migration;
 mod ready;
 mod reboots;
 mod refused;
@@ -71,6 +76,16 @@ pub const ALL: &[Scenario] = &[
         ready::canary,
     ),
     installed(
+        "assembled",
+        "two encrypted volumes beneath LVM become one data volume, and no other disk joins them",
+        identity::assembled,
+    ),
+    installed(
+        "weakest",
+        "of volumes beneath LVM the weakest counts, and what somebody made of a disk is his",
+        identity::weakest,
+    ),
+    installed(
         "gate",
         "from the installation on nothing starts Docker off the volume",
         refused::gate,
@@ -128,8 +143,33 @@ pub const ALL: &[Scenario] = &[
     ),
     installed(
         "used-docker",
-        "data that Docker has on the root disk is neither hidden nor lost",
+        "data that is not to be moved from the root disk is neither hidden nor lost",
         refused::used_docker,
+    ),
+    installed(
+        "migration",
+        "what Docker had on the root disk is moved whole, and erased there",
+        migration::migration,
+    ),
+    installed(
+        "migration-running",
+        "a running container is stopped only where that is configured",
+        migration::running,
+    ),
+    installed(
+        "migration-no-space",
+        "what does not fit is refused before Docker stops",
+        migration::no_space,
+    ),
+    installed(
+        "migration-interrupted",
+        "killed at any moment of a migration, the next run finishes it",
+        migration::interrupted,
+    ),
+    installed(
+        "hidden-data",
+        "data beneath the mounts is found, named and left alone",
+        migration::hidden,
     ),
     installed(
         "signal-lost",
@@ -158,9 +198,65 @@ pub const ALL: &[Scenario] = &[
         "a second run at the same time is turned away",
         refused::one_at_a_time,
     ),
+    installed("swap", "swap on the root disk is turned off, and does not come back", leaks::swap),
+    installed(
+        "core-dumps",
+        "the memory of a container that crashes does not reach the root disk",
+        leaks::core_dumps,
+    ),
+    installed(
+        "root-plain",
+        "a root volume that is not encrypted: refused, or left without what containers say",
+        leaks::root_plain,
+    ),
     installed(
         "reboots",
         "ready again after a reboot; Docker down after one without the volume",
         reboots::reboots,
+    ),
+    installed(
+        "foreign-tables",
+        "GPT, MBR, LVM, LUKS, md, ZFS and random bytes are refused, byte for byte",
+        foreign::tables,
+    ),
+    installed(
+        "foreign-filesystems",
+        "somebody's ext4, xfs, btrfs, swap and a wiped ext4 are refused, byte for byte",
+        foreign::filesystems,
+    ),
+    installed(
+        "foreign-clone",
+        "hostagent's own filesystem of another volume is refused",
+        foreign::clone,
+    ),
+    installed(
+        "disk-errors",
+        "a disk that cannot be read is not formatted, one that cannot be written not used",
+        foreign::errors,
+    ),
+    installed(
+        "disk-mapped",
+        "a blank disk under a device mapping (linear, flakey, error) is refused",
+        foreign::mapped,
+    ),
+    installed(
+        "disk-hangs",
+        "a disk that answers no more makes nothing hang and nothing pass",
+        foreign::hangs,
+    ),
+    installed(
+        "pci-order",
+        "the disks come in another order at the next boot; the foreign one stays as it is",
+        foreign::pci_order,
+    ),
+    installed(
+        "state-lost",
+        "a new instance without hostagent's state uses the volume with its data",
+        foreign::state_lost,
+    ),
+    installed(
+        "power-cut",
+        "after a power cut at any moment no data is lost, and the host is ready or says why not",
+        destroy::power_cut,
     ),
 ];

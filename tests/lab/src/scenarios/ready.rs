@@ -74,6 +74,7 @@ pub(super) fn becomes_ready(stage: &mut Stage) -> Result<()> {
                  /usr/bin/hostagent gate";
     stage.guest()?.sh(alone)?;
     let calls = stage.cloud.calls()?;
+    super::identity::expect_chain(stage.guest()?)?;
     let ec2 = calls.iter().filter(|call| call.service == "ec2").count();
     // Two runs: provision, and the verify of expect_ready.
     ensure!(ec2 <= 3 + 2, "{ec2} calls to EC2: {calls:?}");

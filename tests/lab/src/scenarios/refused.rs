@@ -93,6 +93,7 @@ pub(super) fn used_docker(stage: &mut Stage) -> Result<()> {
     host::await_signals(stage)?;
     stage.attach(&host::volume(), host::DEVICE)?;
     let guest = stage.guest()?;
+    host::configure(guest, "docker", "[docker]\nmigrate = \"never\"\n")?;
     guest.sh(
         "docker volume create records && echo precious > /var/lib/docker/volumes/records/_data/r",
     )?;
