@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::Result;
 use serde::Serialize;
 
-use crate::config::Config;
+use crate::config::{Config, Filesystem};
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
 use crate::host::block::{self, VolumeId, Volumes};
 use crate::host::content::{self, Content, Inspection};
@@ -154,7 +154,18 @@ impl Control for DataFilesystem {
                     _ => return Ok(Plan::refuse(format!("{what}; what was begun is not known"))),
                 }
             }
-            Content::Unrecognised { .. } if is_named(config, id) => Onto::Unrecognised,
+            Content::Unrecognised { .. } if is_named(config, id) => {
+                if let Some(copy) = facts.content.known()?.remnant_of(id.filesystem_uuid())
+                    && !is_begun(facts, device, filesystem)
+                {
+                    return Ok(Plan::refuse(format!(
+                        "{what}, but it held hostagent's own filesystem: a copy of its superblock is \
+                         at byte {}; repair it with fsck, or attach a new, empty volume",
+                        copy.at
+                    )));
+                }
+                Onto::Unrecognised
+            }
             Content::Unrecognised { .. } => {
                 let interrupted = match facts.intent.known() {
                     Err(Unknown(why)) => {
@@ -186,6 +197,14 @@ impl Control for DataFilesystem {
             volumes: id.clone(),
             onto,
         }]))
+    }
+}
+
+/// Whether a format of this disk was begun and never completed.
+fn is_begun(facts: &Facts, device: &DataDevice, filesystem: Filesystem) -> bool {
+    match (facts.intent.known(), facts.instance_id.known()) {
+        (Ok(Some(intent)), Ok(instance_id)) => intent.is_for(instance_id, device, filesystem),
+        _ => false,
     }
 }
 
@@ -239,7 +258,6 @@ fn describe(content: &Content, id: &Volumes) -> String {
 mod tests {
     use super::*;
     use crate::aws::ec2::AttachedVolume;
-    use crate::config::Filesystem;
     use crate::host::block::DevNum;
     use crate::host::device;
     use crate::volume::{Known, State};
@@ -258,6 +276,7 @@ mod tests {
             regions: 1,
             bytes: 1,
             milliseconds: 1,
+            copy: None,
             entry_types: Some(true),
         }
     }
@@ -451,6 +470,22 @@ mod tests {
         for content in [signature("gpt", None), signature("ext4", None), contradiction] {
             assert_eq!(plan(&named, &facts(Ok(content), Ok(vec![]))), "refuse");
         }
+    }
+
+    #[test]
+    fn what_is_left_of_our_own_filesystem_is_not_destroyed_though_named() {
+        let named = naming(&["vol-0123456789abcdef0"]);
+        let copy = |uuid: String| {
+            let found = content::Found { name: "ext4".into(), at: 1 << 27, uuid: Some(uuid) };
+            let content = Content::Unrecognised { offset: 4096 };
+            let seen = Inspection { copy: Some(found), ..inspection(content.clone()) };
+            Facts { content: Fact::new("t", Ok(seen)), ..facts(Ok(content), Ok(vec![])) }
+        };
+        assert_eq!(plan(&named, &copy(ours())), "refuse");
+        assert_eq!(plan(&named, &copy("someone's".into())), "destroy");
+        // Begun over what nothing recognised, and never completed.
+        let begun = Fact::new("t", Ok(Some(intent())));
+        assert_eq!(plan(&named, &Facts { intent: begun, ..copy(ours()) }), "destroy");
     }
 
     fn result<T: Clone + std::fmt::Debug>(

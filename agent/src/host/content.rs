@@ -23,8 +23,9 @@ use tokio::time::{Instant, sleep, timeout_at};
 use super::command;
 use super::device::DataDevice;
 use super::format::Image;
-use super::signatures::{self, Found};
-use super::superblock::{HEAD, Superblock};
+use super::signatures;
+pub use super::signatures::Found;
+use super::superblock::{self, HEAD, Superblock};
 
 /// What is on a disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,8 +81,19 @@ pub struct Inspection {
     pub bytes: u64,
     /// How long all of it took, in milliseconds.
     pub milliseconds: u64,
+    /// Where nothing is recognised: a copy of the superblock of ext4 or XFS.
+    pub copy: Option<Found>,
     /// Whether a filesystem that is there keeps the types of directory entries (XFS: `ftype`).
     pub entry_types: Option<bool>,
+}
+
+impl Inspection {
+    /// A copy of the superblock of the filesystem with this UUID, on a disk on which nothing is
+    /// recognised: what is left of a filesystem that was complete, unless its format was interrupted.
+    #[must_use]
+    pub fn remnant_of(&self, uuid: uuid::Uuid) -> Option<&Found> {
+        self.copy.as_ref().filter(|copy| copy.uuid == Some(uuid.to_string()))
+    }
 }
 
 /// How often the probes are asked when they contradict each other, and how long is waited between: a
@@ -134,6 +146,7 @@ pub async fn inspect_opened(
             regions: seen.walk.as_ref().map_or(0, |walk| walk.regions),
             bytes: seen.bytes,
             milliseconds: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+            copy: seen.copy,
             entry_types: seen.entry_types,
         });
     }
@@ -169,6 +182,7 @@ struct Seen {
     /// Absent where a probe has found something.
     walk: Option<Walk>,
     bytes: u64,
+    copy: Option<Found>,
     entry_types: Option<bool>,
 }
 
@@ -201,7 +215,18 @@ fn look(
         }
         walk = Some(walk_over(&mut reader, &merged(ranges), image)?);
     }
-    Ok(Seen { own, walk, bytes: reader.bytes, entry_types })
+    let mut copy = None;
+    if walk.as_ref().is_some_and(|walk| walk.foreign.is_some()) {
+        let mut block = vec![0; HEAD];
+        for at in superblock::copies(size) {
+            reader.read(at, &mut block)?;
+            copy = copy.or_else(|| {
+                let found = Superblock::copy(&block)?;
+                Some(Found { name: found.kind.into(), at, uuid: Some(found.uuid.to_string()) })
+            });
+        }
+    }
+    Ok(Seen { own, walk, bytes: reader.bytes, copy, entry_types })
 }
 
 /// What the answers mean together.
@@ -612,7 +637,8 @@ mod tests {
         };
         let walk = |foreign, same| Some(Walk { foreign, read: 9, same, regions: 1 });
         let kind = |told, own: Vec<Found>, walk| {
-            let content = combine(told, &Seen { own, walk, bytes: 9, entry_types: None });
+            let content =
+                combine(told, &Seen { own, walk, bytes: 9, copy: None, entry_types: None });
             serde_json::to_value(content).unwrap()["kind"].as_str().unwrap().to_owned()
         };
         let table = [

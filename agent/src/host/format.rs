@@ -33,7 +33,7 @@ use uuid::Uuid;
 
 use super::ahead::Ahead;
 use super::block::{self, Volumes};
-use super::content::{self, BLOCK, Buffer, Content, ReadAt, Reader, SECTOR};
+use super::content::{self, BLOCK, Buffer, Content, Inspection, ReadAt, Reader, SECTOR};
 use super::device::DataDevice;
 use super::superblock::{self, Superblock};
 use super::{command, files};
@@ -297,7 +297,8 @@ pub(super) async fn make_image(
     let args = arguments(filesystem, uuid, device)?;
     let mut args: Vec<&str> = args.iter().map(String::as_str).collect();
     args.push(text);
-    info!(control = "data-filesystem", after_ms = ms(since.elapsed()), "{program} begins");
+    let after_ms = ms(since.elapsed());
+    info!(control = "data-filesystem", after_ms, "{program} begins after {after_ms} ms");
     let start = Instant::now();
     let made = command::run(program, &args, MKFS_DEADLINE).await.and_then(command::Output::success);
     if let Err(e) = made {
@@ -421,20 +422,22 @@ pub async fn format(order: &Order, device: &DataDevice, ahead: &Ahead) -> Result
         .open(&exclusive)
         .with_context(|| format!("{volumes} is in use, though nothing explains by whom"))?;
 
-    let (image, mkfs, seen) = if order.onto == Onto::Unfinished {
-        let intent = intent(volumes)?.context("what was begun is not known any more")?;
-        ensure!(
-            intent.is_for(&order.instance_id, device, order.filesystem),
-            "what was begun is not what is to be made: {intent:?}"
-        );
-        let image = image_of(&intent).await?;
-        let look = content::inspect_opened(&opened, device, Some(image.clone()), PROOF_DEADLINE);
-        let seen = look.await?;
+    // What was begun is finished with the image that is there: for a disk that is not blank, an
+    // intent must not be lost before the filesystem is complete.
+    let kept = match order.onto {
+        Onto::Blank => None,
+        Onto::Unfinished => Some(begun(order, device).await?),
+        Onto::Unrecognised => begun(order, device).await.ok(),
+    };
+    let (image, mkfs, seen) = if let Some(image) = kept {
+        let compare = (order.onto == Onto::Unfinished).then(|| image.clone());
+        let seen = content::inspect_opened(&opened, device, compare, PROOF_DEADLINE).await?;
+        still(order, &seen, true)?;
         (image, Duration::ZERO, seen)
     } else {
         let proof = async {
             let seen = content::inspect_opened(&opened, device, None, PROOF_DEADLINE).await?;
-            still(order, &seen.content)?;
+            still(order, &seen, false)?;
             Ok(seen)
         };
         let made = async {
@@ -454,7 +457,6 @@ pub async fn format(order: &Order, device: &DataDevice, ahead: &Ahead) -> Result
             }
         }
     };
-    still(order, &seen.content)?;
 
     let write = {
         let (image, order, device) = (image.clone(), order.clone(), device.clone());
@@ -468,23 +470,45 @@ pub async fn format(order: &Order, device: &DataDevice, ahead: &Ahead) -> Result
     drop(image);
     drop(locked);
     forget(volumes)?;
+    let (mkfs_ms, copy_ms, total_ms) = (ms(mkfs), ms(start.elapsed()), ms(began.elapsed()));
+    let (proof_ms, proof_bytes) = (seen.milliseconds, seen.bytes);
     info!(
         control = "data-filesystem",
-        proof_ms = seen.milliseconds,
-        proof_bytes = seen.bytes,
-        mkfs_ms = ms(mkfs),
-        copy_ms = ms(start.elapsed()),
+        proof_ms,
+        proof_bytes,
+        mkfs_ms,
+        copy_ms,
         copy_bytes = written,
-        total_ms = ms(began.elapsed()),
-        "{} is written to {volumes}",
+        total_ms,
+        "{} is written to {volumes} in {total_ms} ms (proof {proof_ms}, mkfs {mkfs_ms}, copy {copy_ms})",
         order.filesystem.as_str()
     );
     Ok(())
 }
 
-/// Whether the disk holds what the plan has seen.
-fn still(order: &Order, content: &Content) -> Result<()> {
-    let (id, onto) = (&order.volumes, order.onto);
+/// The image with which this order was begun by a run that was interrupted.
+async fn begun(order: &Order, device: &DataDevice) -> Result<Arc<Image>> {
+    let intent = intent(&order.volumes)?.context("what was begun is not known any more")?;
+    ensure!(
+        intent.is_for(&order.instance_id, device, order.filesystem),
+        "what was begun is not what is to be made: {intent:?}"
+    );
+    image_of(&intent).await
+}
+
+/// Whether the device holds what the plan has seen; `begun` is whether an earlier run has begun to
+/// write to it.
+fn still(order: &Order, seen: &Inspection, begun: bool) -> Result<()> {
+    let (id, onto, content) = (&order.volumes, order.onto, &seen.content);
+    if let Some(copy) = seen.remnant_of(order.uuid)
+        && onto == Onto::Unrecognised
+        && !begun
+    {
+        bail!(
+            "{id} held hostagent's own filesystem: a copy of its superblock is at byte {}",
+            copy.at
+        );
+    }
     match (onto, content) {
         // An interrupted format may have been interrupted before its first write.
         (Onto::Blank | Onto::Unfinished, Content::Blank { .. })
@@ -899,6 +923,26 @@ mod tests {
     }
 
     #[test]
+    fn copies_of_the_superblock_are_where_they_are_looked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        for size in [1 << 30, 8 << 30] {
+            File::create(&path).unwrap().set_len(size).unwrap();
+            let args = arguments(Filesystem::Ext4, UUID, &device(size)).unwrap();
+            let made = Command::new(command::MKFS_EXT4).args(args).arg(&path).output().unwrap();
+            assert!(made.status.success(), "{made:?}");
+            let file = File::open(&path).unwrap();
+            let mut found = 0;
+            for at in superblock::copies(size) {
+                let mut block = vec![0; BLOCK];
+                file.read_exact_at(&mut block, at).unwrap();
+                found += u32::from(Superblock::copy(&block).is_some_and(|sb| sb.uuid == UUID));
+            }
+            assert_eq!(found, 3, "{size}");
+        }
+    }
+
+    #[test]
     fn data_where_the_filesystem_would_be_is_not_overwritten() {
         let dir = tempfile::tempdir().unwrap();
         let (image, path) = (image(dir.path()), blank(dir.path()));
@@ -984,8 +1028,18 @@ mod tests {
         let signature = Content::Signature { name: "gpt".into(), uuid: None, label: None };
         let contradiction = Content::Contradiction { blkid: "x".into(), own: "y".into() };
         let contents = [blank, unfinished, unrecognised, signature, contradiction];
+        let seen = |content| Inspection {
+            content,
+            blkid: None,
+            own: Vec::new(),
+            regions: 1,
+            bytes: 1,
+            milliseconds: 1,
+            copy: None,
+            entry_types: None,
+        };
         let allowed = |onto, allowed| {
-            contents.clone().map(|content| still(&order(onto, allowed), &content).is_ok())
+            contents.clone().map(|c| still(&order(onto, allowed), &seen(c), false).is_ok())
         };
         for named in [false, true] {
             assert_eq!(allowed(Onto::Blank, named), [true, false, false, false, false]);
@@ -993,5 +1047,19 @@ mod tests {
         }
         assert_eq!(allowed(Onto::Unrecognised, true), [false, false, true, false, false]);
         assert_eq!(allowed(Onto::Unrecognised, false), [false; 5]);
+        // What is left of hostagent's own filesystem is not destroyed, unless it was never complete.
+        let copy = |uuid: Uuid| content::Found {
+            name: "ext4".into(),
+            at: 1 << 27,
+            uuid: Some(uuid.to_string()),
+        };
+        let order = order(Onto::Unrecognised, true);
+        let left = |uuid| Inspection {
+            copy: Some(copy(uuid)),
+            ..seen(Content::Unrecognised { offset: 1 })
+        };
+        assert!(still(&order, &left(UUID), false).is_err());
+        assert!(still(&order, &left(UUID), true).is_ok());
+        assert!(still(&order, &left(Uuid::nil()), false).is_ok());
     }
 }

@@ -81,6 +81,15 @@ impl Superblock {
         ext(head).or_else(|| xfs(head))
     }
 
+    /// From the beginning of a block in which a copy of the superblock may be.
+    #[must_use]
+    pub fn copy(block: &[u8]) -> Option<Self> {
+        // Where the primary one begins, a copy of ext4's has no room for a boot sector.
+        let mut head = vec![0; HEAD];
+        head[EXT..2 * EXT].copy_from_slice(block.get(..EXT)?);
+        ext(&head).or_else(|| xfs(block.get(..HEAD)?))
+    }
+
     /// The ranges (first byte and length) that the filesystem takes to be zero although mkfs leaves
     /// them alone: its journal. What a journal holds is replayed after a crash. `read` reads a part
     /// of the filesystem.
@@ -181,6 +190,17 @@ fn xfs(sb: &[u8]) -> Option<Superblock> {
         log,
         block,
     })
+}
+
+/// Where a filesystem that hostagent made on a disk of this size has the first copies of its
+/// superblock: ext4 in blocks of 4096 bytes in its groups 1, 3 and 5, XFS in its second group, which
+/// begins at a quarter of the disk or just below 1 TiB.
+#[must_use]
+pub fn copies(size: u64) -> Vec<u64> {
+    let group = 32_768 * 4096;
+    let places =
+        [group, 3 * group, 5 * group, size.div_ceil(4).next_multiple_of(4096), (1 << 40) - 4096];
+    places.into_iter().filter(|at| at + HEAD as u64 <= size).collect()
 }
 
 /// How many bytes of an XFS filesystem `statvfs(3)` does not count: its internal log.

@@ -15,6 +15,10 @@ use std::time::{Duration, Instant};
 /// Long enough for a run in emulation.
 const RUN: Duration = Duration::from_secs(180);
 
+/// Takes the volume out of use.
+const UNMOUNT: &str = "systemctl stop docker.socket docker.service containerd.service \
+    var-lib-docker.mount var-lib-containerd.mount data.mount";
+
 /// What one control's verdict and refusal say.
 fn said(stage: &mut Stage, control: &str) -> Result<String> {
     let plan = host::hostagent(stage.guest()?, "plan --format json")?;
@@ -100,10 +104,8 @@ pub(super) fn interrupted(stage: &mut Stage) -> Result<()> {
     guest.sh("journalctl -b -u hostagent.service -o cat | grep -q 'finish formatting'")?;
     guest.sh(&format!("test -z \"$(ls {format})\"")).context("something is left of the format")?;
     // What was pieced together is whole.
-    guest.sh(
-        "systemctl stop docker.socket docker.service containerd.service var-lib-docker.mount \
-         var-lib-containerd.mount data.mount && e2fsck -fn /dev/nvme0n1",
-    )?;
+    guest.sh(UNMOUNT)?;
+    guest.sh("e2fsck -fn /dev/nvme0n1")?;
     Ok(())
 }
 
@@ -146,9 +148,15 @@ pub(super) fn named_unrecognised(stage: &mut Stage) -> Result<()> {
     host::configure(stage.guest()?, "format", &named)?;
     host::provision(stage.guest()?, RUN)?;
     host::expect_ready(stage)?;
-    // It stays what it is, although the volume is still named.
+    // It stays what it is, although the volume is still named, and also when its superblock is lost.
     let plan = host::hostagent(stage.guest()?, "plan")?;
     ensure!(plan.stdout.ends_with("; 0 steps to do\n"), "{plan:?}");
+    let guest = stage.guest()?;
+    guest.sh(UNMOUNT)?;
+    guest.sh("dd if=/dev/zero of=/dev/nvme0n1 bs=64k count=1 oflag=direct status=none")?;
+    guest.sh("! blkid -p /dev/nvme0n1").context("blkid still sees something")?;
+    let why = said(stage, "data-filesystem")?;
+    ensure!(why.contains("it held hostagent's own filesystem"), "{why}");
     Ok(())
 }
 
