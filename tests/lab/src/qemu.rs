@@ -145,11 +145,11 @@ pub enum Fault {
     None,
     /// Reads that touch this sector of 512 bytes fail; without one, all reads do.
     Read(Option<u64>),
-    /// All writes fail.
+    /// All writes of data fail; QEMU knows a write of zeros by another name, and lets it through.
     Write,
     /// The disk takes writes, and fails to flush them.
     Flush,
-    /// It can be made to answer no more, by [`crate::vm::Vm::hang`].
+    /// It can be made to answer no more, by [`crate::vm::Vm::hang`]; only for a disk plugged later.
     Hangs,
 }
 
