@@ -208,11 +208,12 @@ fn look_in(
     };
     let prefix = format!("{LEFT}{}-", name.to_string_lossy());
     let own = name_of(&place.left())?;
-    // Listed through a descriptor of its own: the view may be one that cannot be read itself.
-    let mut entries = Dir::read_from(above)
-        .with_context(|| format!("listing the directory of {}", place.directory.display()))?;
+    let listing = || format!("listing the directory of {}", place.directory.display());
+    // Through a descriptor of its own: a view of what lies beneath mounts can only be looked up in.
+    let readable = super::tree::open_dir(above, c".").with_context(listing)?;
+    let mut entries = Dir::new(readable).with_context(listing)?;
     while let Some(entry) = entries.read() {
-        let entry = entry.context("listing a directory")?;
+        let entry = entry.with_context(listing)?;
         let entry = entry.file_name();
         if *entry == *own {
             found.left = Some(Left { path: place.left(), mark: mark_of(above, entry)? });
