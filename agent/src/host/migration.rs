@@ -208,7 +208,6 @@ fn look_in(
     };
     let prefix = format!("{LEFT}{}-", name.to_string_lossy());
     let own = name_of(&place.left())?;
-    // Listed through a descriptor of its own: the view may be one that cannot be read itself.
     let mut entries = Dir::read_from(above)
         .with_context(|| format!("listing the directory of {}", place.directory.display()))?;
     while let Some(entry) = entries.read() {
