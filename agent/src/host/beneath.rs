@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use rustix::fs::{AtFlags, CWD, Dir, FileType, statat};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, openat, statat};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 use serde::{Deserialize, Serialize};
@@ -33,6 +33,9 @@ pub fn parent(path: &Path) -> Result<(OwnedFd, CString)> {
     let name = path.file_name().with_context(doing)?;
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let view = open_tree(CWD, above, flags).with_context(doing)?;
+    // What open_tree gives is only a place: it cannot be read. This can, and keeps the copy.
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let view = openat(&view, ".", flags, Mode::empty()).with_context(doing)?;
     Ok((view, CString::new(name.as_bytes()).with_context(doing)?))
 }
 
@@ -103,6 +106,8 @@ mod tests {
         let beneath = std::fs::read_dir(through(view.as_fd(), &name)).unwrap();
         let names: Vec<_> = beneath.map(|e| e.unwrap().file_name()).collect();
         assert!(!names.iter().any(|name| Some(&**name) == on_top.path().file_name()));
+        let mut listed = Dir::read_from(&view).unwrap();
+        assert!(listed.any(|entry| entry.unwrap().file_name() == c"shm"));
         // Not a mount at all: what is there is seen.
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("data")).unwrap();
