@@ -75,9 +75,10 @@ pub fn run(filters: &[String], options: Options) -> Result<bool> {
     Ok(count.failed == 0 && count.passed > 0)
 }
 
-/// Two scenarios share a machine only where there are processors for both.
+/// As many scenarios side by side as there are processors: each waits for a while, too. More than
+/// four would be short of memory on some machines.
 fn default_jobs() -> usize {
-    std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 4).max(1))
+    std::thread::available_parallelism().map_or(1, |cores| cores.get().min(4))
 }
 
 /// The tests of the workspace's crates.

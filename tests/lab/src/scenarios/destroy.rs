@@ -74,13 +74,16 @@ docker run --network none --name changer filled:local /bin/busybox sh -c \
 sync"#;
 
 /// Every byte of it with its attributes, a line each, as found in the directory `$1` that was or is
-/// `/var/lib/docker`. What the daemon itself keeps beside is its own business.
+/// `/var/lib/docker`. What the daemon itself keeps beside is its own business, and so is the time of a
+/// layer's own directory, which `docker cp` changes.
 const MANIFEST: &str = r#"cd "$1" 2>/dev/null || exit 0
 export LC_ALL=C
 set -- $(ls -d volumes/*/_data overlay2/*/diff image/overlay2/imagedb/content 2>/dev/null)
 [ $# -gt 0 ] || exit 0
 ls -d volumes/* containers/* | grep -v '\.db$' | grep -v backingFs
-find "$@" -type f -printf 'f %m %U %G %n %T@ %s %p\n' -o -type d -printf 'd %m %U %G %T@ %p\n' \
+find "$@" -type f -printf 'f %m %U %G %n %T@ %s %p\n' \
+    -o -type d -path 'overlay2/*/diff' ! -path 'overlay2/*/diff/*' -printf 'd %m %U %G %p\n' \
+    -o -type d -printf 'd %m %U %G %T@ %p\n' \
     -o -printf '%y %m %U %G %T@ %p -> %l\n'
 find "$@" -type f -print0 | xargs -0 -r sha256sum
 getfattr -R -P -h -d -m - -e hex "$@" 2>/dev/null | awk '/^# file: /{f=substr($0,9);next} NF{print "x",f,$0}'

@@ -5,7 +5,7 @@ use super::host;
 use crate::cloud::Instance;
 use crate::cloud::Volume;
 use crate::disk;
-use crate::guest::Script;
+use crate::guest::{Guest, Script};
 use crate::snapshot;
 use crate::stage::Stage;
 use crate::userdata;
@@ -122,12 +122,43 @@ pub(super) fn late_volume(stage: &mut Stage) -> Result<()> {
     stage.guest()?.until(waits, Duration::from_secs(30))?;
     std::thread::sleep(Duration::from_secs(40).saturating_sub(begun.elapsed()));
     let asked = ec2_calls(stage)?;
+    stage.guest()?.start("exec udevadm monitor --kernel --subsystem-match=block >/run/events")?;
+    stage.guest()?.until("grep -q KERNEL /run/events", Duration::from_secs(10))?;
     stage.attach(&host::volume(), host::DEVICE)?;
     host::settled(stage.guest()?, RUN)?;
+    mkfs_began_at_once(stage.guest()?)?;
     let calls = ec2_calls(stage)?;
     ensure!(asked <= 2 && calls <= 3, "{asked} calls to EC2 while waiting, {calls} in all");
     host::expect_ready(stage)?;
     host::expect_signals(stage, &["SUCCESS"], &["CONTINUE"])
+}
+
+/// Expects that mkfs began before EC2 had confirmed the volume, and says how long after the kernel's
+/// event that was: by udev's clock and the journal's, which is the kernel's monotonic one for both.
+fn mkfs_began_at_once(guest: &mut Guest) -> Result<()> {
+    let journal = |pattern: &str| {
+        format!(
+            "journalctl -b -u hostagent.service -o json --output-fields=MESSAGE | grep '{pattern}' | \
+             sed 's/.*\"__MONOTONIC_TIMESTAMP\":\"\\([0-9]*\\)\".*/\\1/' | head -n 1"
+        )
+    };
+    let mut number = |script: &str| -> Result<u64> {
+        let text = guest.sh(script)?;
+        text.trim().parse().with_context(|| format!("{script}: {text:?}"))
+    };
+    let event = number(
+        "sed -n 's/^KERNEL\\[\\([0-9]*\\)\\.\\([0-9]*\\)\\] *add .*\\/nvme0n1 (block)$/\\1\\2/p' /run/events",
+    )?;
+    let (mkfs, confirmed) =
+        (number(&journal("mkfs.ext4 begins"))?, number(&journal("remember that EC2 confirmed"))?);
+    let after = |then: u64| (then as f64 - event as f64) / 1000.0;
+    crate::progress::say(format!(
+        "  after the kernel's event: mkfs begins {:.0} ms, EC2 has confirmed the volume {:.0} ms",
+        after(mkfs),
+        after(confirmed)
+    ));
+    ensure!(mkfs < confirmed, "mkfs waited for EC2");
+    Ok(())
 }
 
 fn ec2_calls(stage: &Stage) -> Result<usize> {
