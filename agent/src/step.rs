@@ -18,6 +18,7 @@ use crate::aws::cache::{self, Confirmation};
 use crate::config::Filesystem;
 use crate::control::Context;
 use crate::gate::{self, NOT_ON_DISK};
+use crate::host::ahead::Ahead;
 use crate::host::block::{self, Volumes};
 use crate::host::chain;
 use crate::host::format::{self, Onto, Order};
@@ -274,6 +275,7 @@ async fn await_volume(cx: &Context, seconds: u32) -> Result<()> {
     if let Some(deadline) = cx.deadline {
         until = until.min(deadline);
     }
+    Ahead::prepare();
     let events = Uevents::subscribe()?;
     let mut ask_again = Instant::now() + ASK_AGAIN;
     let mut soon = Duration::from_secs(2);

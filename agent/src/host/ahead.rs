@@ -29,6 +29,14 @@ struct Begun {
 }
 
 impl Ahead {
+    /// Does what can be done before any disk appears.
+    pub fn prepare() {
+        // What is wrong is found again, and said, when it matters.
+        if let Err(e) = format::make_room() {
+            info!("no image can be begun: {e:#}");
+        }
+    }
+
     /// Begins an image for a disk that has just appeared, if it may be wanted: the disk is an EBS
     /// volume that nobody uses and whose first block is empty, and nothing is kept of an earlier
     /// format of it. `event` is when the disk appeared.
@@ -47,7 +55,6 @@ impl Ahead {
         match wanted(&device) {
             Ok(true) => {}
             Ok(false) => return,
-            // What is wrong is found again, and said, when it matters.
             Err(e) => return info!("no image is begun for {}: {e:#}", device.volumes),
         }
         let (for_task, uuid) = (device.clone(), device.volumes.filesystem_uuid());

@@ -116,13 +116,12 @@ impl Intent {
     }
 }
 
-/// Files are named after the filesystem's UUID, which follows from the volumes.
 fn intent_path(volumes: &Volumes) -> PathBuf {
-    Path::new(DIR).join(format!("{}.json", volumes.filesystem_uuid()))
+    Path::new(DIR).join(format!("{}.json", volumes.key()))
 }
 
 fn image_path(volumes: &Volumes) -> PathBuf {
-    Path::new(DIR).join(format!("{}.img", volumes.filesystem_uuid()))
+    Path::new(DIR).join(format!("{}.img", volumes.key()))
 }
 
 /// The intent that is kept for a volume. One that cannot be read is an error.
@@ -320,10 +319,15 @@ fn ms(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
+/// Makes the directory of images, which takes its time where it has to be durable.
+pub(super) fn make_room() -> Result<()> {
+    files::make_directories(Path::new(DIR), 0o700)
+}
+
 /// Makes the empty sparse file, if the root disk has room for what mkfs will put into it.
 fn create_image(path: &Path, filesystem: Filesystem, size: u64) -> Result<()> {
     let dir = path.parent().unwrap_or(Path::new(DIR));
-    files::make_directories(dir, 0o700)?;
+    make_room()?;
     let free = nix::sys::statvfs::statvfs(dir)
         .with_context(|| format!("asking how much room there is in {}", dir.display()))?;
     let free = free.blocks_available() * free.fragment_size();
