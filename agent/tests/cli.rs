@@ -6,7 +6,7 @@
 //! check` has just refused, or without the rights to change anything.
 
 use std::fs::{self, File, Permissions};
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
 use std::os::unix::process::CommandExt as _;
@@ -60,7 +60,20 @@ fn run(command: &mut Command) -> Ended {
     let (stdout, stderr) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
     command.stdout(stdout.try_clone().unwrap()).stderr(stderr.try_clone().unwrap());
     let started = Instant::now();
-    let mut child = command.spawn().unwrap_or_else(|e| panic!("starting {command:?}: {e}"));
+    let mut child = loop {
+        match command.spawn() {
+            Ok(child) => break child,
+            // Another test's child may hold a copy of the program that was just written, until it
+            // becomes another program itself.
+            Err(e)
+                if e.kind() == ErrorKind::ExecutableFileBusy
+                    && started.elapsed() < Duration::from_secs(10) =>
+            {
+                sleep(Duration::from_millis(20));
+            }
+            Err(e) => panic!("starting {command:?}: {e}"),
+        }
+    };
     let status = loop {
         if let Some(status) = child.try_wait().unwrap() {
             break status;
