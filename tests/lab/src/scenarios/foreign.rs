@@ -5,7 +5,7 @@
 use super::host;
 use crate::cloud::{Instance, Volume};
 use crate::disk;
-use crate::guest::{Guest, Script};
+use crate::guest::Guest;
 use crate::qemu::{Fault, INSTANCE_ID};
 use crate::stage::Stage;
 use anyhow::{Context as _, Result, ensure};
@@ -13,7 +13,7 @@ use serde_json::Value;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Long enough for a run in emulation, that of a cold boot included.
 const RUN: Duration = Duration::from_secs(300);
@@ -344,31 +344,6 @@ pub(super) fn mapped(stage: &mut Stage) -> Result<()> {
     let (status, filesystem) = provision_disk(guest)?;
     ensure!(status == 0, "hostagent ended with {status}: {filesystem:#}");
     Ok(())
-}
-
-pub(super) fn hangs(stage: &mut Stage) -> Result<()> {
-    let volume = host::volume();
-    stage.announce(&volume, host::DEVICE)?;
-    // As Amazon's images have it: the kernel waits for a disk as long as it takes.
-    stage.guest()?.sh("echo 4294967295 >/sys/module/nvme_core/parameters/io_timeout")?;
-    let file = stage.plug_with(&volume, Fault::Hangs)?;
-    let guest = stage.guest()?;
-    device(guest, &volume)?;
-    guest.sh("udevadm settle; echo 3 >/proc/sys/vm/drop_caches")?;
-    let disk = stage.disk_of(&volume);
-    stage.vm()?.hang(&disk)?;
-    let guest = stage.guest()?;
-    let begun = Instant::now();
-    let script = "hostagent verify --only data-filesystem --format json";
-    let script = Script::new(script).env("AWS_ENDPOINT_URL", "http://169.254.169.5");
-    let ended = guest.run(&script.deadline(Duration::from_secs(150)))?;
-    let took = begun.elapsed();
-    ensure!(ended.status == 2, "{ended:?}");
-    let report: Value = serde_json::from_str(&ended.stdout)?;
-    let verdict = host::word(&report, "data-filesystem");
-    ensure!(verdict == "unknown", "data-filesystem is {verdict}: {report:#}");
-    ensure!(took < Duration::from_secs(120), "verify took {took:?}");
-    expect_blank(&file)
 }
 
 /// Expects that nothing was ever written to a disk's file.
