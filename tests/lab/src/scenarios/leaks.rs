@@ -146,6 +146,9 @@ pub(super) fn root_plain(stage: &mut Stage) -> Result<()> {
     let say = "busybox sh /run/busybox/say";
     guest.sh(&format!("{say} before journal | systemd-cat; {say} before tmp > /tmp/before"))?;
     let before = canary(guest, "before")?;
+    // `journalctl --sync` does not wait for what journald has not read of a stream.
+    let look = format!("journalctl -b -o cat | grep -qx {before}-journal");
+    guest.until(&look, Duration::from_secs(20))?;
     for who in ["journal", "tmp"] {
         let found = on_root_disk(stage, &format!("{before}-{who}"))?;
         ensure!(found, "the {who} of before is not found on the root disk");
