@@ -283,8 +283,11 @@ async fn await_volume(cx: &Context, seconds: u32) -> Result<()> {
     let (mut before, mut event) = (block::disks()?, Instant::now());
     loop {
         let disks = block::disks()?;
-        // mkfs has its image to make, whatever EC2 says of the disk in the meantime.
-        for disk in disks.iter().filter(|disk| !before.contains(disk)) {
+        // mkfs has its image to make, whatever EC2 says of the disk in the meantime; unless something
+        // is to stand on the disk first, which gets the filesystem.
+        let is_new = |disk: &&block::Disk| !before.contains(disk);
+        let whole = cx.config.volume.assembled.is_none();
+        for disk in disks.iter().filter(is_new).filter(|_| whole) {
             cx.host.ahead.begin(disk, cx.config.volume.filesystem, event).await;
         }
         before.clone_from(&disks);

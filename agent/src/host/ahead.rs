@@ -4,16 +4,20 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 use tokio::time::{Duration, Instant};
 use tracing::{info, warn};
 
 use super::block::{self, Disk, Volumes};
+use super::content;
 use super::device::DataDevice;
 use super::format::{self, Image};
 use crate::config::Filesystem;
+
+/// How long a look at a disk that has just come may take.
+const GLANCE: Duration = Duration::from_secs(2);
 
 /// The images that have been begun.
 #[derive(Debug, Default)]
@@ -38,8 +42,8 @@ impl Ahead {
     }
 
     /// Begins an image for a disk that has just appeared, if it may be wanted: the disk is an EBS
-    /// volume that nobody uses and whose first block is empty, and nothing is kept of an earlier
-    /// format of it. `event` is when the disk appeared.
+    /// volume that nobody uses, and nothing is kept of an earlier format of it. Gives it up if the
+    /// disk's first block is not empty. `event` is when the disk appeared.
     pub async fn begin(&self, disk: &Disk, filesystem: Filesystem, event: Instant) {
         let Some(volume) = disk.volume_id() else { return };
         let device = DataDevice::of_disk(volume, disk.clone());
@@ -48,49 +52,79 @@ impl Ahead {
             return;
         }
         let wanted = |device: &DataDevice| -> Result<bool> {
-            Ok(!format::remains(&device.volumes)?
-                && block::users(device.number())?.is_empty()
-                && device.starts_empty()?)
+            Ok(!format::remains(&device.volumes)? && block::users(device.number())?.is_empty())
         };
         match wanted(&device) {
             Ok(true) => {}
             Ok(false) => return,
             Err(e) => return info!("no image is begun for {}: {e:#}", device.volumes),
         }
-        let (for_task, uuid) = (device.clone(), device.volumes.filesystem_uuid());
-        let made =
-            tokio::spawn(
-                async move { format::make_image(&for_task, filesystem, uuid, event).await },
-            );
+        let made = tokio::spawn(make_if_empty(device.clone(), filesystem, event));
         begun.push(Begun { device, filesystem, made });
     }
 
-    /// The image for a device, if it was begun: waits until it is made.
+    /// The image for a device, if it was begun and not given up: waits until it is made.
     pub async fn take(
         &self,
         device: &DataDevice,
         filesystem: Filesystem,
-    ) -> Option<Result<(Arc<Image>, Duration)>> {
+    ) -> Option<(Arc<Image>, Duration)> {
         let mut all = self.begun.lock().await;
-        let is = |begun: &Begun| begun.device == *device && begun.filesystem == filesystem;
-        let at = all.iter().position(is)?;
+        let at = all.iter().position(|begun| begun.device.volumes == device.volumes)?;
         let begun = all.swap_remove(at);
         drop(all);
-        Some(begun.made.await.context("making the image").and_then(|made| made))
+        if begun.device != *device || begun.filesystem != filesystem {
+            begun.give_up().await;
+            return None;
+        }
+        match begun.made.await.context("making the image").and_then(|made| made) {
+            Ok(made) => Some(made),
+            // Whoever wants it makes one, and meets the same error if it is one.
+            Err(e) => {
+                info!("the image that was begun for {} is none: {e:#}", device.volumes);
+                None
+            }
+        }
     }
 
     /// Removes the images that nobody took.
     pub async fn abandon(&self) {
         for begun in self.begun.lock().await.drain(..) {
-            begun.made.abort();
-            // The end of the task is the end of mkfs.
-            drop(begun.made.await);
-            abandon(&begun.device.volumes);
+            begun.give_up().await;
         }
     }
 }
 
-fn abandon(volumes: &Volumes) {
+impl Begun {
+    async fn give_up(self) {
+        self.made.abort();
+        // The end of the task is the end of mkfs.
+        drop(self.made.await);
+        remove(&self.device.volumes);
+    }
+}
+
+/// mkfs does not wait for the disk, but there is no use in going on with it if something is there.
+async fn make_if_empty(
+    device: DataDevice,
+    filesystem: Filesystem,
+    event: Instant,
+) -> Result<(Arc<Image>, Duration)> {
+    let uuid = device.volumes.filesystem_uuid();
+    let made = format::make_image(&device, filesystem, uuid, event);
+    let looked_at = device.clone();
+    let look = content::in_time(event, GLANCE, move |_| {
+        ensure!(looked_at.starts_empty()?, "something is on {}", looked_at.volumes);
+        Ok(())
+    });
+    let made = tokio::try_join!(made, look);
+    if made.is_err() {
+        remove(&device.volumes);
+    }
+    made.map(|(made, ())| made)
+}
+
+fn remove(volumes: &Volumes) {
     if let Err(e) = format::forget(volumes) {
         warn!("something is left of the image for {volumes}: {e:#}");
     }

@@ -101,6 +101,9 @@ impl Inspection {
 const TRIES: u32 = 3;
 const BETWEEN: Duration = Duration::from_millis(200);
 
+/// The longest that blkid may take, which reads a few blocks.
+const BLKID_DEADLINE: Duration = Duration::from_secs(60);
+
 /// How long a read that hangs is waited for beyond the limit, which is checked between reads.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -111,8 +114,12 @@ pub async fn inspect(
     image: Option<Arc<Image>>,
     limit: Duration,
 ) -> Result<Inspection> {
-    let direct = nix::libc::O_DIRECT;
-    let file = device.open(OpenOptions::new().read(true).custom_flags(direct))?;
+    let opened = device.clone();
+    let open = move |_| {
+        let direct = nix::libc::O_DIRECT;
+        opened.open(OpenOptions::new().read(true).custom_flags(direct))
+    };
+    let file = in_time(Instant::now(), limit, open).await?;
     inspect_opened(&file, device, image, limit).await
 }
 
@@ -126,7 +133,7 @@ pub async fn inspect_opened(
     let (began, path, size) = (Instant::now(), device.path(), device.size());
     let mut tries = 1;
     loop {
-        let told = blkid(&path).await?;
+        let told = blkid(&path, limit).await?;
         let file = file.try_clone().context("duplicating a descriptor")?;
         let (image, recognised) = (image.clone(), told.is_some());
         let reading = in_time(began, limit, move |deadline| {
@@ -258,10 +265,10 @@ fn combine(told: Option<Signature>, seen: &Seen) -> Content {
 
 /// What `blkid -p` finds. Its exit status 2 means "nothing found" and also "could not read", so an
 /// answer of "nothing" proves nothing by itself (util-linux, kubernetes#142243).
-async fn blkid(path: &Path) -> Result<Option<Signature>> {
+async fn blkid(path: &Path, limit: Duration) -> Result<Option<Signature>> {
     let path = path.to_string_lossy();
     let args = ["-p", "-o", "export", &path];
-    let output = command::run(command::BLKID, &args, Duration::from_secs(60)).await?;
+    let output = command::run(command::BLKID, &args, limit.min(BLKID_DEADLINE)).await?;
     match output.code {
         Some(2) => Ok(None),
         Some(0) => Ok(Some(parse_blkid(&output.stdout))),

@@ -2,8 +2,11 @@
 //! was meant. Which device that is, is decided in [`crate::volume`].
 
 use std::fs::{File, OpenOptions};
+use std::ops::Deref;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -63,14 +66,15 @@ impl DataDevice {
 
     /// Opens the device file, and proves by the opened descriptor that it is this device on these
     /// disks: number, layers and serial numbers are read again.
-    pub fn open(&self, options: &OpenOptions) -> Result<File> {
+    pub fn open(&self, options: &OpenOptions) -> Result<Held<File>> {
         let path = self.path();
         let file = options.open(&path).with_context(|| format!("opening {}", path.display()))?;
+        let file = Held::new(file);
         self.check(&file)?;
         Ok(file)
     }
 
-    /// Whether its first block is all zeros: read once, as a hint and not as a proof.
+    /// Whether its first block is all zeros: read once, as a hint and not as a proof. Waits for the disk.
     pub fn starts_empty(&self) -> Result<bool> {
         let mut first = [0; 4096];
         let file = self.open(OpenOptions::new().read(true))?;
@@ -97,6 +101,56 @@ impl DataDevice {
     }
 }
 
+/// What holds a disk open. The last to close it waits for whatever is still being read of it, which
+/// is for ever where the disk does not answer (`truncate_inode_pages` in the kernel's `block/bdev.c`):
+/// so that is done in a thread, and waited for only so long.
+#[derive(Debug)]
+pub struct Held<T: Send + 'static>(Option<T>);
+
+/// How long a close is waited for. Within it, on a disk that answers, the disk is free for others when
+/// its holder was dropped.
+const CLOSE: Duration = Duration::from_secs(5);
+
+impl<T: Send + 'static> Held<T> {
+    /// Of an open file, or what has one.
+    pub fn new(open: T) -> Self {
+        Self(Some(open))
+    }
+
+    /// The same as another type, still held; or as it was, with an error.
+    pub fn try_map<U: Send + 'static, E>(
+        mut self,
+        change: impl FnOnce(T) -> Result<U, (T, E)>,
+    ) -> Result<Held<U>, (Self, E)> {
+        let Some(open) = self.0.take() else { unreachable!("it is there until it is dropped") };
+        change(open).map(Held::new).map_err(|(open, e)| (Self::new(open), e))
+    }
+}
+
+impl<T: Send + 'static> Deref for Held<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        self.0.as_ref().expect("it is there until it is dropped")
+    }
+}
+
+impl<T: Send + 'static> Drop for Held<T> {
+    fn drop(&mut self) {
+        let Some(open) = self.0.take() else { return };
+        let (done, closed) = mpsc::channel();
+        let close = move || {
+            drop(open);
+            // Nobody listens any more: it took too long.
+            _ = done.send(());
+        };
+        // Where no thread can be had it is closed here and now: the closure is dropped.
+        if std::thread::Builder::new().spawn(close).is_ok() {
+            _ = closed.recv_timeout(CLOSE);
+        }
+    }
+}
+
 /// Names, numbers and serial numbers of all layers.
 fn hardware(layer: &Layer) -> Vec<(String, DevNum, Option<String>)> {
     let serial = match &layer.kind {
@@ -120,4 +174,41 @@ pub(crate) fn example(number: DevNum) -> DataDevice {
         told_by: super::block::ToldBy::Serial,
     };
     DataDevice::of_disk(disk.volume_id().expect("a volume's serial number"), disk)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    /// Takes its time to close.
+    struct Slow(Duration, mpsc::Sender<&'static str>);
+
+    impl Drop for Slow {
+        fn drop(&mut self) {
+            std::thread::sleep(self.0);
+            _ = self.1.send("closed");
+        }
+    }
+
+    #[test]
+    fn what_is_dropped_is_closed_by_then_unless_it_hangs() {
+        let (said, hears) = mpsc::channel();
+        drop(Held::new(Slow(Duration::from_millis(100), said.clone())));
+        assert_eq!(hears.try_recv(), Ok("closed"));
+        let begun = Instant::now();
+        drop(Held::new(Slow(CLOSE * 12, said)));
+        assert!(begun.elapsed() < CLOSE * 3);
+        assert!(hears.try_recv().is_err());
+    }
+
+    #[test]
+    fn what_cannot_be_changed_is_as_it_was() {
+        let (said, hears) = mpsc::channel();
+        let open = Held::new(Slow(Duration::ZERO, said));
+        let Err((open, "no")) = open.try_map(|slow| Err::<(), _>((slow, "no"))) else { panic!() };
+        assert!(hears.try_recv().is_err(), "it is still open");
+        drop(open);
+        assert_eq!(hears.try_recv(), Ok("closed"));
+    }
 }

@@ -34,7 +34,7 @@ use uuid::Uuid;
 use super::ahead::Ahead;
 use super::block::{self, Volumes};
 use super::content::{self, BLOCK, Buffer, Content, Inspection, ReadAt, Reader, SECTOR};
-use super::device::DataDevice;
+use super::device::{DataDevice, Held};
 use super::superblock::{self, Superblock};
 use super::{command, files};
 use crate::config::Filesystem;
@@ -446,7 +446,7 @@ pub async fn format(order: &Order, device: &DataDevice, ahead: &Ahead) -> Result
         };
         let made = async {
             match ahead.take(device, order.filesystem).await {
-                Some(made) => made,
+                Some(made) => Ok(made),
                 None => make_image(device, order.filesystem, order.uuid, began).await,
             }
         };
@@ -523,10 +523,10 @@ fn still(order: &Order, seen: &Inspection, begun: bool) -> Result<()> {
 }
 
 /// Takes the lock as soon as it is free: udev holds it while it probes a disk that has just come.
-async fn lock(mut file: File) -> Result<Flock<File>> {
+async fn lock(mut file: Held<File>) -> Result<Held<Flock<File>>> {
     let until = Instant::now() + Duration::from_secs(30);
     loop {
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        match file.try_map(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock)) {
             Ok(locked) => return Ok(locked),
             Err((_, e)) if Instant::now() > until => return Err(e.into()),
             Err((unlocked, Errno::EWOULDBLOCK)) => file = unlocked,

@@ -38,7 +38,7 @@ pub async fn size(device: &DataDevice, filesystem: Filesystem, mount_point: &Pat
             let direct = nix::libc::O_DIRECT;
             let file = device.open(OpenOptions::new().read(true).custom_flags(direct))?;
             let mut head = vec![0; superblock::HEAD];
-            Reader::new(file, deadline).read(0, &mut head)?;
+            Reader::new(&*file, deadline).read(0, &mut head)?;
             let log = superblock::uncounted(&of(&device, filesystem, &head)?);
             let open =
                 File::open(&place).with_context(|| format!("opening {}", place.display()))?;

@@ -5,10 +5,10 @@
 use super::host;
 use crate::cloud::{Instance, Volume};
 use crate::disk;
-use crate::guest::Guest;
+use crate::guest::{Guest, Script};
 use crate::qemu::{Fault, INSTANCE_ID};
 use crate::stage::Stage;
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -344,6 +344,34 @@ pub(super) fn mapped(stage: &mut Stage) -> Result<()> {
     let (status, filesystem) = provision_disk(guest)?;
     ensure!(status == 0, "hostagent ended with {status}: {filesystem:#}");
     Ok(())
+}
+
+pub(super) fn hangs(stage: &mut Stage) -> Result<()> {
+    let volume = host::volume();
+    stage.announce(&volume, host::DEVICE)?;
+    // As Amazon's images have it: the kernel waits for a disk as long as it takes.
+    stage.guest()?.sh("echo 4294967295 >/sys/module/nvme_core/parameters/io_timeout")?;
+    let file = stage.plug_with(&volume, Fault::Hangs)?;
+    let guest = stage.guest()?;
+    device(guest, &volume)?;
+    guest.sh("udevadm settle; echo 3 >/proc/sys/vm/drop_caches")?;
+    let disk = stage.disk_of(&volume);
+    stage.vm()?.hang(&disk)?;
+    let guest = stage.guest()?;
+    // No process ends of which the kernel holds a thread, so it is the report that is waited for.
+    let script = "setsid hostagent verify --only data-filesystem --format json >/run/report 2>&1 &";
+    guest.run(&Script::new(script).env("AWS_ENDPOINT_URL", "http://169.254.169.5"))?;
+    let waited = guest.until("tail -n 1 /run/report | grep -qx }", Duration::from_secs(100));
+    if let Err(error) = waited {
+        let look = "cat /run/report; cd /proc; for t in [0-9]*/task/*; do \
+                    case $(cat $t/comm) in hostagent|tokio*|blkid) \
+                    echo $t $(cat $t/comm) $(grep State $t/status); cat $t/stack; esac; done";
+        bail!("{error:#}: {}", guest.sh(look)?);
+    }
+    let report: Value = serde_json::from_str(&guest.sh("cat /run/report")?)?;
+    let verdict = host::word(&report, "data-filesystem");
+    ensure!(verdict == "unknown", "data-filesystem is {verdict}: {report:#}");
+    expect_blank(&file)
 }
 
 /// Expects that nothing was ever written to a disk's file.

@@ -240,6 +240,11 @@ pub const ALL: &[Scenario] = &[
         foreign::mapped,
     ),
     installed(
+        "disk-hangs",
+        "a disk that answers no more makes nothing hang and nothing pass",
+        foreign::hangs,
+    ),
+    installed(
         "pci-order",
         "the disks come in another order at the next boot, and have each other's names",
         foreign::pci_order,
