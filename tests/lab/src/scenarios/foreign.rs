@@ -347,6 +347,7 @@ pub(super) fn mapped(stage: &mut Stage) -> Result<()> {
 }
 
 pub(super) fn hangs(stage: &mut Stage) -> Result<()> {
+    host::await_signals(stage)?;
     let volume = host::volume();
     stage.announce(&volume, host::DEVICE)?;
     // As Amazon's images have it: the kernel waits for a disk as long as it takes.
@@ -371,6 +372,14 @@ pub(super) fn hangs(stage: &mut Stage) -> Result<()> {
     let report: Value = serde_json::from_str(&guest.sh("cat /run/report")?)?;
     let verdict = host::word(&report, "data-filesystem");
     ensure!(verdict == "unknown", "data-filesystem is {verdict}: {report:#}");
+    // A run says and signals what it came to, though its process cannot end.
+    let guest = stage.guest()?;
+    guest.sh("systemctl start --no-block hostagent.service")?;
+    guest.until("hostagent status | grep -q '^not ready'", RUN)?;
+    let status = host::hostagent(guest, "status")?;
+    ensure!(status.status == 1 && status.stdout.contains("data-filesystem"), "{status:?}");
+    guest.sh("! pgrep -x dockerd && ! test -e /run/hostagent/ready")?;
+    host::expect_signals(stage, &["FAILURE"], &["ABANDON"])?;
     expect_blank(&file)
 }
 
