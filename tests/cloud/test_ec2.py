@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from support import CLOUD, INSTANCE, MAC, ROOT, VOLUME, CloudCase
+from support import CLOUD, INSTANCE, ROOT, VOLUME, CloudCase
 
 
 class Instances(CloudCase):

@@ -3,6 +3,7 @@
 
 use crate::command::run;
 use anyhow::{Context as _, Result};
+use nix::unistd::{Whence, lseek};
 use sha2::{Digest as _, Sha256};
 use std::fs::File;
 use std::io::Read as _;
@@ -85,11 +86,27 @@ fn find(hay: &[u8], needle: &[u8]) -> bool {
     false
 }
 
-/// Reads a file in chunks until `each` has seen enough.
+/// Reads a file in chunks until `each` has seen enough. Chunks within holes are not read.
 fn scan(path: &Path, mut each: impl FnMut(&[u8]) -> bool) -> Result<()> {
     let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    let length = file.metadata().with_context(|| format!("looking at {}", path.display()))?.len();
+    let zeros = vec![0; CHUNK];
     let mut chunk = Vec::with_capacity(CHUNK);
+    let mut place = 0;
     loop {
+        // Where the next data is; at the end there is none (ENXIO).
+        let data = match lseek(&file, i64::try_from(place)?, Whence::SeekData) {
+            Ok(data) => u64::try_from(data)?,
+            Err(nix::errno::Errno::ENXIO) => length,
+            Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),
+        };
+        while place + (CHUNK as u64) <= data {
+            place += CHUNK as u64;
+            if !each(&zeros) {
+                return Ok(());
+            }
+        }
+        lseek(&file, i64::try_from(place)?, Whence::SeekSet)?;
         chunk.clear();
         (&file)
             .take(CHUNK as u64)
@@ -98,6 +115,7 @@ fn scan(path: &Path, mut each: impl FnMut(&[u8]) -> bool) -> Result<()> {
         if chunk.is_empty() || !each(&chunk) {
             return Ok(());
         }
+        place += chunk.len() as u64;
     }
 }
 
@@ -114,6 +132,22 @@ mod tests {
         std::fs::write(&path, content).unwrap();
         assert!(contains(&path, b"canary").unwrap());
         assert!(!contains(&path, b"canaries").unwrap());
+    }
+
+    #[test]
+    fn holes_are_zeros() {
+        use std::os::unix::fs::FileExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let (sparse, full) = (dir.path().join("sparse"), dir.path().join("full"));
+        let mut content = vec![0; 9 * CHUNK + 77];
+        content[5 * CHUNK + 4321] = 1;
+        std::fs::write(&full, &content).unwrap();
+        let file = File::create(&sparse).unwrap();
+        file.set_len(content.len() as u64).unwrap();
+        assert_ne!(hash(&sparse).unwrap(), hash(&full).unwrap());
+        file.write_all_at(&[1], 5 * CHUNK as u64 + 4321).unwrap();
+        assert_eq!(hash(&sparse).unwrap(), hash(&full).unwrap());
+        assert!(contains(&sparse, &[1]).unwrap());
     }
 
     #[test]

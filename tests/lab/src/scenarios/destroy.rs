@@ -6,7 +6,9 @@
 //! Cuts are cheap, for they are not made one by one. A provision is *filmed*: at the moments that
 //! were drawn the machine stands still while its disks are copied, and each copy is what a power cut
 //! at this moment leaves. What the guest had not written out is lost; what the disk had taken is
-//! kept, flushed or not, as on EBS, which has no cache that forgets. Each copy is then booted.
+//! kept, flushed or not, as on EBS, which has no cache that forgets. Each copy is then booted, but for
+//! moments between which nothing was written: what they left is the same, to the last byte of each
+//! disk, and is booted once.
 
 use super::host;
 use crate::cache::copy_disk;
@@ -31,7 +33,7 @@ use std::time::{Duration, Instant};
 const RUN: Duration = Duration::from_secs(300);
 
 /// How many cuts are made of one provision.
-const PER_FILM: usize = 12;
+const PER_FILM: usize = 50;
 
 /// How far beyond the end of a provision moments are drawn, in parts of its duration.
 const MARGIN: f64 = 1.1;
@@ -90,21 +92,31 @@ getfattr -R -P -h -d -m - -e hex "$@" 2>/dev/null | awk '/^# file: /{f=substr($0
 find "$@" -type c -printf 'device %p ' -exec stat -c '%t:%T' {} \;
 find "$@" -name sparse -size +60M -printf 'sparse %b\n' | awk '{print $1, ($2 < 2048)}'"#;
 
-/// A moment at which the power failed, and what was left.
+/// What was left by a power cut, at one moment or at any of several.
 struct Cut {
-    /// Draws this moment again.
-    seed: u64,
-    /// When, since the start of the run.
-    moment: Duration,
+    /// When, since the start of the run, and what draws this moment again.
+    moments: Vec<(Duration, u64)>,
     /// The last that hostagent had said.
     step: String,
     /// The disks.
     dir: PathBuf,
+    /// Their content.
+    hashes: Vec<String>,
+}
+
+impl Cut {
+    /// The seed of the first moment.
+    fn seed(&self) -> u64 {
+        self.moments.first().map_or(0, |(_, seed)| *seed)
+    }
 }
 
 impl std::fmt::Display for Cut {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(out, "cut {} at {:.1} s, at `{}`", self.seed, self.moment.as_secs_f64(), self.step)
+        let seeds: Vec<String> = self.moments.iter().map(|(_, seed)| seed.to_string()).collect();
+        let times: Vec<String> =
+            self.moments.iter().map(|(at, _)| format!("{:.1}", at.as_secs_f64())).collect();
+        write!(out, "cut {} at {} s, at `{}`", seeds.join(", "), times.join(", "), self.step)
     }
 }
 
@@ -141,28 +153,30 @@ pub(super) fn power_cut(stage: &mut Stage) -> Result<()> {
     let (duration, outcome) = lab.uncut(&before)?;
     say(format!("  a provision that nothing cuts: {outcome}, in {:.1} s", duration.as_secs_f64()));
     say(format!("  {times} cuts, seeds {seed} and up (one again: --times 1 --seed SEED)"));
+    let (mut booted, mut ready, mut refused) = (0, 0, 0);
     let mut failed = Vec::new();
-    let mut outcomes: Vec<(Outcome, String)> = Vec::new();
+    let mut steps = BTreeSet::new();
     let seeds: Vec<u64> = (seed..).take(times).collect();
     for seeds in seeds.chunks(PER_FILM) {
         let film = tempfile::Builder::new().prefix("film-").tempdir_in(&lab.dir)?;
         let cuts = lab.film(film.path(), duration, seeds)?;
         for (cut, result) in lab.check_all(&cuts, &before) {
+            booted += 1;
+            steps.insert(cut.step.clone());
             match result {
-                Ok(outcome) => outcomes.push((outcome, cut.step.clone())),
+                Ok(Outcome::Ready) => ready += cut.moments.len(),
+                Ok(Outcome::Refused(_)) => refused += cut.moments.len(),
                 Err(error) => failed.push(format!("{cut}: {}", first_line(&error))),
             }
         }
     }
-    let ready = outcomes.iter().filter(|(outcome, _)| *outcome == Outcome::Ready).count();
-    let steps: BTreeSet<&String> = outcomes.iter().map(|(_, step)| step).collect();
     say(format!(
-        "  {times} cuts at {} places: {ready} ready, {} not ready with a reason, {} failed",
+        "  {times} cuts at {} places left {booted} different states, each of which was booted: \
+         {ready} cuts ready, {refused} not ready with a reason, {} failed",
         steps.len(),
-        outcomes.len() - ready,
-        failed.len()
+        times - ready - refused
     ));
-    ensure!(failed.is_empty(), "{} of {times} cuts: {}", failed.len(), failed.join("; "));
+    ensure!(failed.is_empty(), "of {times} cuts: {}", failed.join("; "));
     Ok(())
 }
 
@@ -262,7 +276,7 @@ impl Lab<'_> {
         moments.sort();
         let mut vm = self.restore(dir)?;
         vm.guest.sh("systemctl start --no-block hostagent.service")?;
-        let mut cuts = Vec::new();
+        let mut cuts: Vec<Cut> = Vec::new();
         let mut ran = Duration::ZERO;
         let mut since = Instant::now();
         for (moment, seed) in moments {
@@ -270,15 +284,29 @@ impl Lab<'_> {
             ran += since.elapsed();
             let to = dir.join(format!("cut-{seed}"));
             fs::create_dir(&to)?;
-            vm.frozen(|| {
-                for id in [host::VOLUME, CONTENT, BLANK] {
-                    copy_disk(&dir.join(file_of(id)), &to.join(file_of(id)))?;
-                }
-                copy_disk(&dir.join(ROOT), &to.join(ROOT))
+            let hashes = vm.frozen(|| {
+                let files = [host::VOLUME, CONTENT, BLANK].map(file_of);
+                let files = files.iter().map(String::as_str).chain([ROOT]);
+                files
+                    .map(|file| {
+                        copy_disk(&dir.join(file), &to.join(file))?;
+                        disk::hash(&to.join(file))
+                    })
+                    .collect::<Result<Vec<String>>>()
             })?;
+            match cuts.last_mut() {
+                Some(last) if last.hashes == hashes => {
+                    last.moments.push((ran, seed));
+                    fs::remove_dir_all(&to)?;
+                }
+                _ => {
+                    let step = last_step(&vm.serial());
+                    cuts.push(Cut { moments: vec![(ran, seed)], step, dir: to, hashes });
+                }
+            }
             since = Instant::now();
-            cuts.push(Cut { seed, moment: ran, step: last_step(&vm.serial()), dir: to });
         }
+        say(format!("  {} moments of a provision, {} states", seeds.len(), cuts.len()));
         Ok(cuts)
     }
 
@@ -314,12 +342,12 @@ impl Lab<'_> {
     fn check(&self, cut: &Cut, before: &Before) -> Result<Outcome> {
         let disk = cut.dir.join(ROOT);
         let mut vm = Vm::start(&Machine {
-            disks: disks(&cut.dir, cut.seed),
+            disks: disks(&cut.dir, cut.seed()),
             parameters: BRIEF,
             ..Machine::new(&self.props.image, &disk, &cut.dir, self.ports)
         })?;
         // A second run on a ready host is the less telling case, and costs as much as the other.
-        let again = |first: &Outcome| *first != Outcome::Ready || cut.seed.is_multiple_of(3);
+        let again = |first: &Outcome| *first != Outcome::Ready || cut.seed().is_multiple_of(3);
         let result = Self::judge_twice(&mut vm, before, again)
             .and_then(|outcome| foreign_untouched(&cut.dir, before).map(|()| outcome));
         result.map_err(|error| with_evidence(&error, &mut vm))

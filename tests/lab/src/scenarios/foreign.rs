@@ -5,14 +5,13 @@
 use super::host;
 use crate::cloud::{Instance, Volume};
 use crate::disk;
-use crate::guest::{Guest, Script};
-use crate::qemu::{Fault, INSTANCE_ID};
+use crate::guest::Guest;
+use crate::qemu::INSTANCE_ID;
 use crate::stage::Stage;
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
 use std::time::Duration;
 
 /// Long enough for a run in emulation, that of a cold boot included.
@@ -193,7 +192,7 @@ fn refused(stage: &mut Stage, volume: &Volume, named: &[&str]) -> Result<()> {
 
 /// Runs hostagent as far as the mount of the data volume. Returns its exit status and what it says
 /// of `data-filesystem`.
-fn provision_disk(guest: &mut Guest) -> Result<(i64, Value)> {
+pub(super) fn provision_disk(guest: &mut Guest) -> Result<(i64, Value)> {
     let ended = host::hostagent(guest, "provision --only data-mount --format json")?;
     let report: Value = serde_json::from_str(&ended.stdout)
         .with_context(|| format!("reading the report\n{}{}", ended.stdout, ended.stderr))?;
@@ -204,7 +203,7 @@ fn provision_disk(guest: &mut Guest) -> Result<(i64, Value)> {
 }
 
 /// Expects a verdict on `data-filesystem` after which nothing was done, and a word in what it says.
-fn expect_refusal(filesystem: &Value, verdict: &str, named: &[&str]) -> Result<()> {
+pub(super) fn expect_refusal(filesystem: &Value, verdict: &str, named: &[&str]) -> Result<()> {
     let said = filesystem["verdict"].to_string() + &filesystem["refusal"].to_string();
     ensure!(filesystem["verdict"]["status"] == verdict, "not {verdict}: {filesystem:#}");
     ensure!(named.iter().any(|n| said.contains(n)), "{named:?} is not named: {filesystem:#}");
@@ -213,26 +212,26 @@ fn expect_refusal(filesystem: &Value, verdict: &str, named: &[&str]) -> Result<(
 }
 
 /// Expects that nothing of a disk is mounted, nor anything on the mount point, and no readiness.
-fn expect_untouched(guest: &mut Guest, device: &str) -> Result<()> {
+pub(super) fn expect_untouched(guest: &mut Guest, device: &str) -> Result<()> {
     guest.sh(&format!("sync; ! findmnt -n /data && ! findmnt -n {device}")).context("mounted")?;
     guest.sh("! test -e /run/hostagent/ready").context("the host is ready").map(drop)
 }
 
 /// The kernel's name of a volume's disk, once udev has looked at it.
-fn device(guest: &mut Guest, volume: &Volume) -> Result<String> {
+pub(super) fn device(guest: &mut Guest, volume: &Volume) -> Result<String> {
     let link = format!("readlink -e /dev/disk/by-id/nvme-*_{}", volume.serial());
     Ok(guest.until(&link, Duration::from_secs(20))?.trim().to_owned())
 }
 
 /// Makes the file of an unplugged volume blank.
-fn blank(stage: &Stage, volume: &Volume) -> Result<std::path::PathBuf> {
+pub(super) fn blank(stage: &Stage, volume: &Volume) -> Result<std::path::PathBuf> {
     let file = stage.disk_of(volume).file;
     disk::create(&file, volume.size)?;
     Ok(file)
 }
 
 /// Detaches a volume's disk; what the host made of it by itself (volume groups, arrays) goes first.
-fn unplug(stage: &mut Stage, volume: &Volume) -> Result<()> {
+pub(super) fn unplug(stage: &mut Stage, volume: &Volume) -> Result<()> {
     stage.guest()?.sh("for held in /sys/block/nvme*/holders/*; do \
          case $held in */md*) mdadm --stop /dev/${held##*/};; */dm-*) vgchange -qan;; esac; done 2>&1")?;
     stage.vm()?.unplug(&volume.serial())?;
@@ -271,122 +270,6 @@ pub(super) fn clone(stage: &mut Stage) -> Result<()> {
     let (_, filesystem) = provision_disk(guest)?;
     expect_refusal(&filesystem, "fail", &["hostagent-data"])?;
     ensure!(disk::hash(&file)? == before, "the disk was written to");
-    Ok(())
-}
-
-pub(super) fn errors(stage: &mut Stage) -> Result<()> {
-    let volume = host::volume();
-    stage.announce(&volume, host::DEVICE)?;
-    let size = u64::from(volume.size) << 30;
-    // Blank, as far as can be read: at the beginning, among the samples, in the tail.
-    for (what, sector) in [
-        ("no read works", None),
-        ("one sector of the samples", Some((700 << 20) / 512)),
-        ("one sector of the tail", Some(size / 512 - 9)),
-    ] {
-        let file = blank(stage, &volume)?;
-        stage.plug_with(&volume, Fault::Read(sector))?;
-        let guest = stage.guest()?;
-        let device = device(guest, &volume)?;
-        let (status, filesystem) = provision_disk(guest)?;
-        ensure!(status == 2, "{what}: hostagent ended with {status}: {filesystem:#}");
-        expect_refusal(&filesystem, "unknown", &["at byte", "reading /dev/"]).context(what)?;
-        expect_untouched(guest, &device)?;
-        expect_blank(&file).context(what)?;
-        unplug(stage, &volume)?;
-    }
-    // It can be read, and not be written: the filesystem does not come into being.
-    let blank_hash = disk::hash(&blank(stage, &volume)?)?;
-    for (what, fault) in [("no write works", Fault::Write), ("no flush works", Fault::Flush)] {
-        let file = blank(stage, &volume)?;
-        stage.plug_with(&volume, fault)?;
-        let guest = stage.guest()?;
-        let device = device(guest, &volume)?;
-        let (status, filesystem) = provision_disk(guest)?;
-        ensure!(status != 0, "{what}: hostagent ended with {status}: {filesystem:#}");
-        ensure!(filesystem["verdict"]["status"] != "pass", "{what}: {filesystem:#}");
-        let steps = filesystem["steps"].to_string();
-        ensure!(steps.contains("failed"), "{what}: no step failed: {filesystem:#}");
-        expect_untouched(guest, &device).context(what)?;
-        if fault == Fault::Write {
-            // Zeros may have been written: QEMU has another name for such a write.
-            ensure!(disk::hash(&file)? == blank_hash, "{what}: the disk holds something");
-        }
-        unplug(stage, &volume)?;
-    }
-    Ok(())
-}
-
-pub(super) fn mapped(stage: &mut Stage) -> Result<()> {
-    let volume = host::volume();
-    stage.announce(&volume, host::DEVICE)?;
-    let file = blank(stage, &volume)?;
-    stage.plug(&volume)?;
-    let guest = stage.guest()?;
-    let device = device(guest, &volume)?;
-    let sectors = u64::from(volume.size) << 21;
-    let half = sectors / 2;
-    // Blank, and used by somebody, of whom only the kernel knows.
-    for (what, table) in [
-        ("linear", format!("0 {sectors} linear {device} 0")),
-        ("flakey", format!("0 {sectors} flakey {device} 0 1 1")),
-        ("error", format!("0 {half} linear {device} 0\n{half} {half} error")),
-    ] {
-        guest.sh(&format!("printf '{table}\\n' | dmsetup create mapped && udevadm settle"))?;
-        let (status, filesystem) = provision_disk(guest)?;
-        ensure!(status == 1, "{what}: hostagent ended with {status}: {filesystem:#}");
-        expect_refusal(&filesystem, "fail", &["held by dm-"]).context(what)?;
-        expect_untouched(guest, &device)?;
-        expect_blank(&file).context(what)?;
-        guest.sh("dmsetup remove --retry mapped && udevadm settle")?;
-    }
-    // Nobody uses it any more.
-    let (status, filesystem) = provision_disk(guest)?;
-    ensure!(status == 0, "hostagent ended with {status}: {filesystem:#}");
-    Ok(())
-}
-
-pub(super) fn hangs(stage: &mut Stage) -> Result<()> {
-    host::await_signals(stage)?;
-    let volume = host::volume();
-    stage.announce(&volume, host::DEVICE)?;
-    // As Amazon's images have it: the kernel waits for a disk as long as it takes.
-    stage.guest()?.sh("echo 4294967295 >/sys/module/nvme_core/parameters/io_timeout")?;
-    let file = stage.plug_with(&volume, Fault::Hangs)?;
-    let guest = stage.guest()?;
-    device(guest, &volume)?;
-    guest.sh("udevadm settle; echo 3 >/proc/sys/vm/drop_caches")?;
-    let disk = stage.disk_of(&volume);
-    stage.vm()?.hang(&disk)?;
-    let guest = stage.guest()?;
-    // No process ends of which the kernel holds a thread, so it is the report that is waited for.
-    let script = "setsid hostagent verify --only data-filesystem --format json >/run/report 2>&1 &";
-    guest.run(&Script::new(script).env("AWS_ENDPOINT_URL", "http://169.254.169.5"))?;
-    let waited = guest.until("tail -n 1 /run/report | grep -qx }", Duration::from_secs(100));
-    if let Err(error) = waited {
-        let look = "cat /run/report; cd /proc; for t in [0-9]*/task/*; do \
-                    case $(cat $t/comm) in hostagent|tokio*|blkid) \
-                    echo $t $(cat $t/comm) $(grep State $t/status); cat $t/stack; esac; done";
-        bail!("{error:#}: {}", guest.sh(look)?);
-    }
-    let report: Value = serde_json::from_str(&guest.sh("cat /run/report")?)?;
-    let verdict = host::word(&report, "data-filesystem");
-    ensure!(verdict == "unknown", "data-filesystem is {verdict}: {report:#}");
-    // A run says and signals what it came to, though its process cannot end.
-    let guest = stage.guest()?;
-    guest.sh("systemctl start --no-block hostagent.service")?;
-    guest.until("hostagent status | grep -q '^not ready'", RUN)?;
-    let status = host::hostagent(guest, "status")?;
-    ensure!(status.status == 1 && status.stdout.contains("data-filesystem"), "{status:?}");
-    guest.sh("! pgrep -x dockerd && ! test -e /run/hostagent/ready")?;
-    host::expect_signals(stage, &["FAILURE"], &["ABANDON"])?;
-    expect_blank(&file)
-}
-
-/// Expects that nothing was ever written to a disk's file.
-fn expect_blank(file: &Path) -> Result<()> {
-    let blocks = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(file)?);
-    ensure!(blocks == 0, "{} was written to", file.display());
     Ok(())
 }
 

@@ -2,6 +2,7 @@
 
 mod boot;
 mod destroy;
+mod faults;
 mod foreign;
 mod format;
 mod host;
@@ -232,17 +233,22 @@ pub const ALL: &[Scenario] = &[
     installed(
         "disk-errors",
         "a disk that cannot be read is not formatted, one that cannot be written not used",
-        foreign::errors,
+        faults::errors,
     ),
     installed(
         "disk-mapped",
         "a blank disk under a device mapping (linear, flakey, error) is refused",
-        foreign::mapped,
+        faults::mapped,
+    ),
+    installed(
+        "disk-faulty",
+        "a data device over dm-error or dm-flakey, which fails, drops or garbles, is never called ours",
+        faults::faulty,
     ),
     installed(
         "disk-hangs",
         "a disk that answers no more makes nothing hang and nothing pass",
-        foreign::hangs,
+        faults::hangs,
     ),
     installed(
         "pci-order",
