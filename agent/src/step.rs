@@ -23,6 +23,7 @@ use crate::host::block::{self, Volumes};
 use crate::host::chain;
 use crate::host::format::{self, Onto, Order};
 use crate::host::migration::{self, Place};
+use crate::host::sshd::hardening::{self, Setting};
 use crate::host::sshd::transaction::{self, Change};
 use crate::host::tree::Progress;
 use crate::host::uevents::Uevents;
@@ -159,6 +160,13 @@ pub enum Step {
         /// The port, and what has to be changed for it.
         change: Change,
     },
+    /// Make these settings the first that sshd reads.
+    HardenSshd {
+        /// All that our file is to say.
+        wanted: Vec<Setting>,
+        /// Whether logins with passwords end with it.
+        passwords: bool,
+    },
 }
 
 impl fmt::Display for Step {
@@ -227,6 +235,10 @@ impl fmt::Display for Step {
                 write!(f, "move sshd to port {}", change.port)?;
                 change.edits.iter().try_for_each(|edit| write!(f, "; {edit}"))
             }
+            Self::HardenSshd { wanted, .. } => {
+                let words = wanted.iter().map(|w| format!("{} {}", w.keyword, w.value));
+                write!(f, "have sshd read first: {}", words.collect::<Vec<_>>().join("; "))
+            }
         }
     }
 }
@@ -269,6 +281,9 @@ pub async fn apply(step: &Step, cx: &Context) -> Result<()> {
         Step::MigrateStorage { place } => migrate_storage(cx, place).await,
         Step::EraseMigrated { place } => erase_migrated(cx, place).await,
         Step::MoveSshd { change } => transaction::move_port(cx.host.systemd().await?, change).await,
+        Step::HardenSshd { wanted, passwords } => {
+            hardening::harden(cx.host.systemd().await?, wanted, *passwords).await
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! The SSH daemon: what it is configured to do, what truly answers, and whose the sockets are that
-//! listen. The change of its port is in [`transaction`], the lines of its configuration in [`lines`].
+//! listen. The change of its port is in [`transaction`], that of what it lets in in [`hardening`], the
+//! lines of its configuration in [`lines`], who can log in in [`accounts`].
 //!
 //! Who listens differs. Under `ssh.service` it is sshd. Under `ssh.socket` it is PID 1, which gives
 //! its sockets to `ssh.service` at the first connection (Debian, Ubuntu since 22.10) or starts an
@@ -7,6 +8,8 @@
 //! count for nothing, but on Ubuntu since 24.04 a generator (`sshd-socket-generator`) turns them into
 //! a drop-in for the socket whenever systemd reads its units.
 
+pub mod accounts;
+pub mod hardening;
 pub mod lines;
 pub mod transaction;
 

@@ -202,6 +202,11 @@ pub const ALL: &[Scenario] = &[
         "after a power cut in the middle of the move sshd answers, and the next run finishes it",
         sshd::cut,
     ),
+    installed(
+        "sshd-hardening",
+        "passwords end when somebody has a key; a Match block is not missed; report; undone",
+        sshd::hardening,
+    ),
     installed("impostor", "another server on sshd's port is not taken for sshd", refused::impostor),
     installed(
         "data-root",

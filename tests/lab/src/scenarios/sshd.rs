@@ -102,6 +102,10 @@ pub(super) fn generator(stage: &mut Stage) -> Result<()> {
     ensure!(moved.status == 0, "{moved:?}");
     session.expect_open(guest)?;
     expect_moved(guest)?;
+    let hardened = host::hostagent(guest, "provision --only sshd-hardening")?;
+    ensure!(hardened.status == 0, "{hardened:?}");
+    session.expect_open(guest)?;
+    host::expect_sshd(guest, 2222, 22)?;
     // The generator was enough.
     guest.sh(
         "grep -q 'ListenStream=0.0.0.0:2222' /run/systemd/generator/ssh.socket.d/addresses.conf",
@@ -181,6 +185,65 @@ pub(super) fn lines(stage: &mut Stage) -> Result<()> {
         .sh("cd /etc/ssh/sshd_config.d && grep -qx 'ListenAddress 0.0.0.0:22' 50-ours.conf.before-hostagent && \
              grep -qx '# Set aside by hostagent (control sshd-port): Port 22' ../sshd_config")
         .map(drop)
+}
+
+/// Passwords are turned off once somebody has a key, and what stands in the way is named.
+pub(super) fn hardening(stage: &mut Stage) -> Result<()> {
+    let guest = prepared(stage)?;
+    let harden = |guest: &mut Guest| host::hostagent(guest, "provision --only sshd-hardening");
+    let ours = "/etc/ssh/sshd_config.d/00-hostagent-hardening.conf";
+    let effective = "sshd -T -C user=admin,host=x,addr=10.0.0.9";
+    // Nobody has a key, and somebody a password: he would be locked out.
+    guest.sh("id admin && echo admin:Secret-1 | chpasswd")?;
+    let refused = harden(guest)?;
+    ensure!(
+        refused.status == 1 && refused.stderr.contains("these have passwords: admin"),
+        "{refused:?}"
+    );
+    guest.sh(&format!("{effective} | grep -qx 'passwordauthentication yes'"))?;
+    guest
+        .sh(&format!("{effective} | grep -qx 'x11forwarding no'"))
+        .context("the rest was not done")?;
+    host::expect_sshd(guest, 2222, 22)?;
+
+    guest.sh("rm -f /run/key* && ssh-keygen -q -t ed25519 -N '' -f /run/key && cd ~admin && \
+         install -d -m 0700 -o admin -g admin .ssh && \
+         install -m 0600 -o admin -g admin /run/key.pub .ssh/authorized_keys")?;
+    let hardened = harden(guest)?;
+    ensure!(hardened.status == 0, "{hardened:?}");
+    host::expect_sshd(guest, 2222, 22)?;
+    let to = "-p 2222 -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o BatchMode=yes admin@127.0.0.1";
+    guest.sh(&format!("test \"$(ssh -i /run/key {to} sudo -n id -u)\" = 0"))?;
+    let denied = guest.run(&Script::new(&format!("ssh -o PubkeyAuthentication=no {to} true")))?;
+    ensure!(denied.stderr.contains("Permission denied (publickey)"), "{denied:?}");
+    let weak = guest
+        .run(&Script::new(&format!("ssh -m hmac-sha1 -c aes128-ctr -i /run/key {to} true")))?;
+    ensure!(weak.stderr.contains("no matching MAC found"), "{weak:?}");
+    // A second run has nothing to do.
+    let before = guest.sh(&format!("stat -c '%i %z' {ours}"))?;
+    ensure!(harden(guest)?.status == 0, "the second run failed");
+    ensure!(before == guest.sh(&format!("stat -c '%i %z' {ours}"))?, "the second run wrote");
+
+    // Behind Match, for somebody else than who is asked about.
+    guest.sh(
+        "printf 'Match User backup\\n  PasswordAuthentication yes\\n' >> /etc/ssh/sshd_config",
+    )?;
+    let seen = host::hostagent(guest, "verify --only sshd-hardening")?;
+    let expected = "PasswordAuthentication is yes in /etc/ssh/sshd_config, line";
+    ensure!(seen.status == 1 && seen.stdout.contains(expected), "{seen:?}");
+    host::configure(guest, "report", "[sshd]\nhardening = \"report\"\n")?;
+    let seen = host::hostagent(guest, "verify --only sshd-hardening")?;
+    ensure!(seen.status == 0 && seen.stdout.contains("WARNING"), "{seen:?}");
+    guest.sh("rm /etc/hostagent/conf.d/report.toml && sed -i '/^Match User backup/,$d' /etc/ssh/sshd_config")?;
+
+    // What is read before ours: the change does not take effect, and is undone.
+    guest.sh(&format!(
+        "rm {ours} && echo 'X11Forwarding yes' > /etc/ssh/sshd_config.d/00-first.conf"
+    ))?;
+    let undone = harden(guest)?;
+    ensure!(undone.status == 1 && undone.stderr.contains("sshd is as it was before"), "{undone:?}");
+    guest.sh(&format!("! test -e {ours}"))?;
+    host::expect_sshd(guest, 2222, 22)
 }
 
 /// A session over SSH from the instance to itself.
