@@ -223,18 +223,16 @@ async fn becomes_root(entry: &Entry) -> Result<bool> {
     Ok(output.code == Some(0) && gives_root(&output.stdout, entry.password))
 }
 
-/// Reads what `sudo -l` lists.
+/// Reads what `sudo -l` lists. Of the rules that match a command the last counts (sudoers(5)).
 fn gives_root(listed: &str, password: bool) -> bool {
-    listed.lines().map(str::trim).any(|line| {
-        let Some((who, what)) = line.strip_prefix('(').and_then(|line| line.split_once(')')) else {
-            return false;
-        };
+    let mut rules = listed.lines().filter_map(|line| {
+        let (who, what) = line.trim().strip_prefix('(')?.split_once(')')?;
         let who = who.split(':').next().unwrap_or_default().trim();
         let what: Vec<&str> = what.split([' ', ',']).filter(|word| !word.is_empty()).collect();
-        ["ALL", "root"].contains(&who)
-            && what.last() == Some(&"ALL")
-            && (password || what.contains(&"NOPASSWD:"))
-    })
+        let all = ["ALL", "root"].contains(&who) && what.last() == Some(&"ALL");
+        all.then(|| what.contains(&"NOPASSWD:"))
+    });
+    rules.next_back().is_some_and(|nothing_asked| nothing_asked || password)
 }
 
 /// The sources of accounts that are not files of this machine.
@@ -336,6 +334,9 @@ mod tests {
         assert!(!gives_root(&list("(ALL : ALL) ALL"), false));
         assert!(!gives_root(&list("(www-data) NOPASSWD: ALL"), true));
         assert!(!gives_root(&list("(ALL) NOPASSWD: /usr/bin/apt"), true));
+        let both = list("(ALL) NOPASSWD: ALL\n    (ALL : ALL) ALL");
+        assert!(gives_root(&both, true) && !gives_root(&both, false), "the last counts");
+        assert!(gives_root(&list("(ALL : ALL) ALL\n    (ALL) NOPASSWD: ALL"), false));
         assert!(!gives_root("User admin is not allowed to run sudo on x.", true));
     }
 
