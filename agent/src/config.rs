@@ -213,12 +213,27 @@ pub enum Migrate {
 pub struct Sshd {
     /// The one port on which sshd answers.
     pub port: Port,
+    /// What is done about logins with passwords, weak algorithms and the like.
+    pub hardening: Hardening,
 }
 
 impl Default for Sshd {
     fn default() -> Self {
-        Self { port: Port(2222) }
+        Self { port: Port(2222), hardening: Hardening::default() }
     }
+}
+
+/// What is done about what sshd lets in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Hardening {
+    /// It is put right, and the host is not ready before.
+    #[default]
+    Enforce,
+    /// It is said, and the host can be ready.
+    Report,
+    /// It is not looked at.
+    Off,
 }
 
 /// `[signal]`: what is unset is taken from the instance's tags.

@@ -273,6 +273,7 @@ impl<C: Control> Check for C {
 pub static REGISTRY: &[&dyn Check] = &[
     &controls::instance_tenancy::InstanceTenancy,
     &controls::sshd_port::SshdPort,
+    &controls::sshd_hardening::SshdHardening,
     &controls::boot_order::BootOrder,
     &controls::swap::Swap,
     &controls::core_dumps::CoreDumps,

@@ -23,9 +23,11 @@ use crate::host::block::{self, Volumes};
 use crate::host::chain;
 use crate::host::format::{self, Onto, Order};
 use crate::host::migration::{self, Place};
+use crate::host::sshd::hardening::{self, Setting};
+use crate::host::sshd::transaction::{self, Change};
 use crate::host::tree::Progress;
 use crate::host::uevents::Uevents;
-use crate::host::{files, growth, kernel, mounts, processes, sshd, swap};
+use crate::host::{files, growth, kernel, mounts, processes, swap};
 use crate::volume::{self, State};
 
 /// One change to the host, or one wait for something that changes it.
@@ -155,8 +157,15 @@ pub enum Step {
     },
     /// Move sshd to a port, and away from all others.
     MoveSshd {
-        /// The port.
-        port: u16,
+        /// The port, and what has to be changed for it.
+        change: Change,
+    },
+    /// Make these settings the first that sshd reads.
+    HardenSshd {
+        /// All that our file is to say.
+        wanted: Vec<Setting>,
+        /// Whether logins with passwords end with it.
+        passwords: bool,
     },
 }
 
@@ -222,7 +231,14 @@ impl fmt::Display for Step {
             Self::EraseMigrated { place } => {
                 write!(f, "overwrite and remove the old copy {}", place.left().display())
             }
-            Self::MoveSshd { port } => write!(f, "move sshd to port {port}"),
+            Self::MoveSshd { change } => {
+                write!(f, "move sshd to port {}", change.port)?;
+                change.edits.iter().try_for_each(|edit| write!(f, "; {edit}"))
+            }
+            Self::HardenSshd { wanted, .. } => {
+                let words = wanted.iter().map(|w| format!("{} {}", w.keyword, w.value));
+                write!(f, "have sshd read first: {}", words.collect::<Vec<_>>().join("; "))
+            }
         }
     }
 }
@@ -264,7 +280,10 @@ pub async fn apply(step: &Step, cx: &Context) -> Result<()> {
         Step::RemoveFile { path } => files::remove(path),
         Step::MigrateStorage { place } => migrate_storage(cx, place).await,
         Step::EraseMigrated { place } => erase_migrated(cx, place).await,
-        Step::MoveSshd { port } => sshd::move_port(cx.host.systemd().await?, *port).await,
+        Step::MoveSshd { change } => transaction::move_port(cx.host.systemd().await?, change).await,
+        Step::HardenSshd { wanted, passwords } => {
+            hardening::harden(cx.host.systemd().await?, wanted, *passwords).await
+        }
     }
 }
 

@@ -12,7 +12,9 @@ use serde::Deserialize;
 use super::values::{
     AssembledDevice, DeviceName, KeyArn, MountPoint, Name, OneOrMore, Port, Seconds, Tag,
 };
-use super::{Config, DEFAULT_PATH, Filesystem, Migrate, RootEncryption, Select, Tenancy, VolumeId};
+use super::{
+    Config, DEFAULT_PATH, Filesystem, Hardening, Migrate, RootEncryption, Select, Tenancy, VolumeId,
+};
 
 /// One file's content: every key optional, an unknown key an error.
 #[derive(Debug, Default, Deserialize)]
@@ -115,6 +117,7 @@ struct FileDocker {
 #[serde(deny_unknown_fields, default)]
 struct FileSshd {
     port: Option<Port>,
+    hardening: Option<Hardening>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -175,6 +178,7 @@ impl Config {
         set(&mut self.root.encryption, root.encryption);
         set(&mut self.docker.migrate, docker.migrate);
         set(&mut self.sshd.port, sshd.port);
+        set(&mut self.sshd.hardening, sshd.hardening);
         let text = |name: Option<Name>| name.map(|n| Some(n.0));
         set(&mut self.signal.stack, text(signal.stack));
         set(&mut self.signal.resource, text(signal.resource));
@@ -392,6 +396,8 @@ mod tests {
             ("[sshd]\nport = 0\n", "/f.toml:2: sshd.port: 0 is not a TCP port"),
             ("[sshd]\nport = 70000\n", "/f.toml:2: sshd.port: 70000 is not a TCP port"),
             ("[sshd]\nport = \"2222\"\n", "/f.toml:2: sshd.port: invalid type: string"),
+            ("[sshd]\nhardening = true\n", "/f.toml:2: sshd.hardening: wanted string"),
+            ("[sshd]\nhardening = \"on\"\n", ":2: sshd.hardening: unknown variant `on`"),
             ("[sshd]\n\nprot = 1\n", "/f.toml:3: sshd.prot: unknown field `prot`"),
             ("colour = 1\n", "/f.toml:1: colour: unknown field `colour`"),
             ("[volume]\nmount_point = \"data\"\n", "/f.toml:2: volume.mount_point: must be an abs"),

@@ -10,6 +10,7 @@ pub mod data_volume;
 pub mod docker_storage;
 pub mod instance_tenancy;
 pub mod root_volume;
+pub mod sshd_hardening;
 pub mod sshd_port;
 pub mod swap;
 

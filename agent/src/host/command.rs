@@ -20,6 +20,8 @@ pub const RESIZE2FS: &str = "/sbin/resize2fs";
 pub const XFS_GROWFS: &str = "/usr/sbin/xfs_growfs";
 /// sshd(8)
 pub const SSHD: &str = "/usr/sbin/sshd";
+/// sudo(8)
+pub const SUDO: &str = "/usr/bin/sudo";
 
 /// What a program that ran to its end said.
 #[derive(Debug)]

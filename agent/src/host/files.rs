@@ -20,9 +20,39 @@ pub fn read_optional(path: &Path) -> Result<Option<String>> {
     }
 }
 
+/// The content of a file in whatever encoding; none if there is no such file.
+pub fn read_bytes(path: &Path) -> Result<Option<Vec<u8>>> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).with_context(|| format!("reading {}", path.display())),
+    }
+}
+
 /// Replaces a file so that, whenever the power fails, either the old content or the new is there.
 /// Missing parent directories are made (mode 0755). One writer at a time.
 pub fn write_atomic(path: &Path, content: &str, mode: u32) -> Result<()> {
+    replace(path, content.as_bytes(), mode, None)
+}
+
+/// Replaces a file of somebody else's as [`write_atomic`] does. Its mode and owner stay, and a link
+/// that leads to it.
+pub fn rewrite(path: &Path, content: &[u8]) -> Result<()> {
+    let path = fs::canonicalize(path).with_context(|| format!("looking for {}", path.display()))?;
+    like(&path, &path, content)
+}
+
+/// Writes `copy` with the mode and the owner that the file at `path` has.
+pub fn copy_beside(path: &Path, copy: &Path, content: &[u8]) -> Result<()> {
+    like(path, copy, content)
+}
+
+fn like(model: &Path, path: &Path, content: &[u8]) -> Result<()> {
+    let meta = fs::metadata(model).with_context(|| format!("looking at {}", model.display()))?;
+    replace(path, content, meta.mode() & 0o7777, Some((meta.uid(), meta.gid())))
+}
+
+fn replace(path: &Path, content: &[u8], mode: u32, owner: Option<(u32, u32)>) -> Result<()> {
     let doing = || format!("writing {}", path.display());
     let dir = path.parent().with_context(doing)?;
     make_directories(dir, 0o755)?;
@@ -35,7 +65,11 @@ pub fn write_atomic(path: &Path, content: &str, mode: u32) -> Result<()> {
         .rand_bytes(0)
         .tempfile_in(dir)
         .with_context(doing)?;
-    file.write_all(content.as_bytes()).with_context(doing)?;
+    file.write_all(content).with_context(doing)?;
+    // Before the mode, whose special bits it would clear.
+    if let Some((uid, gid)) = owner {
+        std::os::unix::fs::fchown(file.as_file(), Some(uid), Some(gid)).with_context(doing)?;
+    }
     file.as_file().set_permissions(fs::Permissions::from_mode(mode)).with_context(doing)?;
     file.as_file().sync_all().with_context(doing)?;
     file.persist(path).with_context(doing)?;
@@ -194,6 +228,26 @@ mod tests {
         remove(&path).unwrap();
         remove(&path).unwrap();
         assert_eq!(read_optional(&path).unwrap(), None);
+    }
+
+    #[test]
+    fn somebody_elses_file_keeps_its_mode_and_the_link_to_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link) = (dir.path().join("f"), dir.path().join("link"));
+        fs::write(&file, "one").unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o640)).unwrap();
+        std::os::unix::fs::symlink("f", &link).unwrap();
+        rewrite(&link, b"two").unwrap();
+        copy_beside(&link, &dir.path().join("f.old"), b"one").unwrap();
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        for (name, content) in [("f", "two"), ("f.old", "one")] {
+            let path = dir.path().join(name);
+            assert_eq!(read_bytes(&path).unwrap().as_deref(), Some(content.as_bytes()));
+            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o640);
+        }
+        assert!(rewrite(&dir.path().join("none"), b"x").is_err(), "what is gone is not made anew");
+        assert_eq!(read_bytes(&dir.path().join("none")).unwrap(), None);
+        assert!(read_bytes(dir.path()).is_err());
     }
 
     #[test]

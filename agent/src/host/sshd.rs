@@ -1,5 +1,17 @@
-//! The SSH daemon: what it is configured to do, what truly answers, and the change of its port as a
-//! transaction that ends with sshd answering on the new port or as it was before.
+//! The SSH daemon: what it is configured to do, what truly answers, and whose the sockets are that
+//! listen. The change of its port is in [`transaction`], that of what it lets in in [`hardening`], the
+//! lines of its configuration in [`lines`], who can log in in [`accounts`].
+//!
+//! Who listens differs. Under `ssh.service` it is sshd. Under `ssh.socket` it is PID 1, which gives
+//! its sockets to `ssh.service` at the first connection (Debian, Ubuntu since 22.10) or starts an
+//! `ssh@.service` for each (`Accept=yes`, Ubuntu 22.04). There `Port` and `ListenAddress` of sshd
+//! count for nothing, but on Ubuntu since 24.04 a generator (`sshd-socket-generator`) turns them into
+//! a drop-in for the socket whenever systemd reads its units.
+
+pub mod accounts;
+pub mod hardening;
+pub mod lines;
+pub mod transaction;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
@@ -10,11 +22,10 @@ use procfs::net::TcpState;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, sleep, timeout};
-use tracing::{info, warn};
+use tokio::time::timeout;
 
-use super::systemd::Systemd;
-use super::{command, files};
+use super::command;
+use super::systemd::Unit;
 
 /// Our file among sshd's. sshd reads `sshd_config.d/*.conf` before the rest of its configuration.
 pub const DROP_IN: &str = "/etc/ssh/sshd_config.d/10-hostagent.conf";
@@ -22,19 +33,76 @@ pub const DROP_IN: &str = "/etc/ssh/sshd_config.d/10-hostagent.conf";
 /// The service that runs sshd on Debian and Ubuntu.
 pub const SERVICE: &str = "ssh.service";
 
-/// The socket that starts it instead on Ubuntu 22.10 and later.
+/// The socket that starts it on demand where it is enabled, as on Ubuntu 22.10 and later.
 pub const SOCKET: &str = "ssh.socket";
 
-/// How long sshd may take to answer after it was told to reload. Long: a busy, small instance.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
+/// Our file among the socket's drop-ins. Read last, also after a generator's.
+pub const SOCKET_DROP_IN: &str = "/etc/systemd/system/ssh.socket.d/zz-hostagent.conf";
+
+/// The port that everybody tries.
+pub const WELL_KNOWN: u16 = 22;
+
+/// The directory without which sshd does not even check its configuration. `ssh.service` makes it,
+/// and removes it when it stops.
+const PRIVILEGE_SEPARATION: &str = "/run/sshd";
 
 /// What `sshd -T` says is in effect.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Effective {
-    /// `port`, in order, without duplicates.
-    pub ports: Vec<u16>,
-    /// `addressfamily`: `any`, `inet` or `inet6`.
-    pub address_family: String,
+    /// `listenaddress`, without duplicates: where sshd listens when it opens its sockets itself. Not
+    /// `port`, which counts only for addresses that are given without one.
+    pub listen: Vec<SocketAddr>,
+}
+
+impl Effective {
+    /// The ports of [`Effective::listen`], without duplicates.
+    #[must_use]
+    pub fn ports(&self) -> Vec<u16> {
+        ports(&self.listen)
+    }
+
+    /// Where a client on this machine reaches sshd on `port`, IPv4 first: for "every address" that is
+    /// the loopback address of its family.
+    #[must_use]
+    pub fn doors(&self, port: u16) -> Vec<SocketAddr> {
+        let mut doors: Vec<_> = self
+            .listen
+            .iter()
+            .map(|address| {
+                let ip = match address.ip() {
+                    IpAddr::V4(ip) if ip.is_unspecified() => LOOPBACKS[0],
+                    IpAddr::V6(ip) if ip.is_unspecified() => LOOPBACKS[1],
+                    ip => ip,
+                };
+                SocketAddr::new(ip, port)
+            })
+            .collect();
+        doors.sort_unstable();
+        doors.dedup();
+        doors
+    }
+
+    /// The addresses of [`Effective::listen`], each with these ports instead of its own.
+    #[must_use]
+    pub fn on(&self, ports: &[u16]) -> Vec<SocketAddr> {
+        let mut all: Vec<_> = self
+            .listen
+            .iter()
+            .flat_map(|address| ports.iter().map(|port| SocketAddr::new(address.ip(), *port)))
+            .collect();
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+}
+
+/// The ports of addresses, in order, without duplicates.
+#[must_use]
+pub fn ports(addresses: &[SocketAddr]) -> Vec<u16> {
+    let mut ports: Vec<u16> = addresses.iter().map(SocketAddr::port).collect();
+    ports.sort_unstable();
+    ports.dedup();
+    ports
 }
 
 /// Asks sshd for its effective configuration.
@@ -42,31 +110,54 @@ pub async fn effective() -> Result<Effective> {
     // For a plain connection: where a Match block asks for one of these, sshd wants to know it.
     let args = ["-T", "-C", "user=root,host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22"];
     let output = command::run(command::SSHD, &args, Duration::from_secs(30)).await?;
-    let effective = parse_effective(&output.success()?);
-    if effective.ports.is_empty() {
-        bail!("`sshd -T` names no port");
-    }
-    Ok(effective)
+    parse_effective(&output.success()?)
 }
 
-fn parse_effective(text: &str) -> Effective {
-    let mut effective = Effective::default();
+fn parse_effective(text: &str) -> Result<Effective> {
+    let mut listen: Vec<SocketAddr> = Vec::new();
     for line in text.lines() {
-        match line.split_once(' ') {
-            Some(("port", port)) => {
-                if let Ok(port) = port.trim().parse()
-                    && !effective.ports.contains(&port)
-                {
-                    effective.ports.push(port);
-                }
+        if let Some(("listenaddress", address)) = line.split_once(' ') {
+            let address = address.trim();
+            let address = address.parse().with_context(|| {
+                format!("`sshd -T` names the address {address:?}, which is not understood")
+            })?;
+            if !listen.contains(&address) {
+                listen.push(address);
             }
-            Some(("addressfamily", family)) => {
-                family.trim().clone_into(&mut effective.address_family);
-            }
-            _ => {}
         }
     }
-    effective
+    if listen.is_empty() {
+        bail!("`sshd -T` names no address to listen on");
+    }
+    Ok(Effective { listen })
+}
+
+/// Makes sshd's configuration readable to [`effective`] by a look that changes nothing: where sshd
+/// waits behind a socket and lacks its directory, the first connection brings both.
+pub async fn wake(socket: &Unit) {
+    if Path::new(PRIVILEGE_SEPARATION).exists() || !socket.is_up() {
+        return;
+    }
+    let listen = tcp(socket);
+    if let Some(address) = listen.first() {
+        let door = Effective { listen: vec![*address] }.doors(address.port())[0];
+        // What comes of it shows in what is looked at next.
+        drop(knock(door).await);
+    }
+}
+
+/// The TCP addresses on which a socket unit is told to listen.
+#[must_use]
+pub fn tcp(socket: &Unit) -> Vec<SocketAddr> {
+    socket.listen.iter().filter_map(|address| address.parse().ok()).collect()
+}
+
+/// Whether systemd starts a unit at the next boot, as far as its unit file says.
+#[must_use]
+pub fn comes(unit: &Unit) -> bool {
+    unit.exists()
+        && unit.load_state != "masked"
+        && (unit.unit_file_state == "enabled" || unit.wanted_by.iter().any(|by| by != SERVICE))
 }
 
 /// What answers at an address and port.
@@ -84,9 +175,9 @@ pub enum Answer {
 }
 
 /// Connects and reads the banner (RFC 4253, section 4.2).
-pub async fn knock(address: IpAddr, port: u16) -> Result<Answer> {
-    let doing = || format!("connecting to {}", SocketAddr::new(address, port));
-    let stream = match timeout(Duration::from_secs(5), TcpStream::connect((address, port))).await {
+pub async fn knock(address: SocketAddr) -> Result<Answer> {
+    let doing = || format!("connecting to {address}");
+    let stream = match timeout(Duration::from_secs(5), TcpStream::connect(address)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(e)) => {
             return match e.raw_os_error() {
@@ -126,26 +217,54 @@ pub const LOOPBACKS: [IpAddr; 2] =
 pub struct Listener {
     /// The local address and port.
     pub address: SocketAddr,
-    /// Whether the process that was asked about holds it.
+    /// Whether it is sshd's: held by the process of `ssh.service`, or by PID 1 for `ssh.socket`.
     pub owned: bool,
 }
 
-/// What listens on `port`, on whichever address, and whether it is the process `pid` that does.
-pub fn listeners(port: u16, pid: u32) -> Result<Vec<Listener>> {
+/// Who listens for sshd.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Owners {
+    /// The main process of `ssh.service`; 0 if none runs.
+    pub main_pid: u32,
+    /// Where PID 1 listens for `ssh.socket`; nowhere if the socket is not up. Two units cannot listen
+    /// on one address.
+    pub socket: Vec<SocketAddr>,
+}
+
+impl Owners {
+    /// As systemd has the two units.
+    #[must_use]
+    pub fn of(service: &Unit, socket: &Unit) -> Self {
+        let socket = if socket.is_up() { tcp(socket) } else { Vec::new() };
+        Self { main_pid: service.main_pid, socket }
+    }
+}
+
+/// What listens on `port`, on whichever address, and whether it is sshd's.
+pub fn listeners(port: u16, owners: &Owners) -> Result<Vec<Listener>> {
     let mut entries = procfs::net::tcp().context("reading /proc/net/tcp")?;
     // A kernel without IPv6 has no such file.
-    if Path::new("/proc/net/tcp6").exists() {
+    if has_ipv6() {
         entries.extend(procfs::net::tcp6().context("reading /proc/net/tcp6")?);
     }
     entries.retain(|e| e.state == TcpState::Listen && e.local_address.port() == port);
     if entries.is_empty() {
         return Ok(Vec::new());
     }
-    let own = if pid == 0 { Vec::new() } else { sockets_of(pid)? };
+    let own = if owners.main_pid == 0 { Vec::new() } else { sockets_of(owners.main_pid)? };
+    let first = if owners.socket.is_empty() { Vec::new() } else { sockets_of(1)? };
+    let owned = |address: &SocketAddr, inode: u64| {
+        own.contains(&inode) || (owners.socket.contains(address) && first.contains(&inode))
+    };
     Ok(entries
         .into_iter()
-        .map(|e| Listener { address: e.local_address, owned: own.contains(&e.inode) })
+        .map(|e| Listener { address: e.local_address, owned: owned(&e.local_address, e.inode) })
         .collect())
+}
+
+/// Whether the kernel has IPv6.
+fn has_ipv6() -> bool {
+    Path::new("/proc/net/tcp6").exists()
 }
 
 /// The inodes of the sockets that a process holds open.
@@ -161,207 +280,6 @@ fn sockets_of(pid: u32) -> Result<Vec<u64>> {
     Ok(inodes)
 }
 
-/// Moves sshd to `port`, and away from every other port.
-///
-/// First sshd listens on the old ports and the new one; only when the new one answers are the old
-/// ones given up; and if anything is not as it should be, the configuration is what it was and sshd
-/// answers on the old ports, or the error says that it does not. What counts is what listens, not
-/// what the configuration says: it may not be in force.
-pub async fn move_port(systemd: &Systemd, port: u16) -> Result<()> {
-    let drop_in = Path::new(DROP_IN);
-    let before = files::read_optional(drop_in)?;
-    let pid = main_pid(systemd).await?;
-    let mut old = effective().await.context("reading sshd's configuration before any change")?;
-    for candidate in [WELL_KNOWN, port] {
-        let live = listeners(candidate, pid)?;
-        if let Some(stranger) = live.iter().find(|l| candidate == port && !l.owned) {
-            bail!(
-                "something other than sshd listens on {}; sshd is not moved there",
-                stranger.address
-            );
-        }
-        if !live.is_empty() && !old.ports.contains(&candidate) {
-            old.ports.push(candidate);
-        }
-    }
-    let already = !listeners(port, pid)?.is_empty();
-
-    let result = async {
-        if !already {
-            let mut both = old.ports.clone();
-            if !both.contains(&port) {
-                both.push(port);
-            }
-            set_ports(systemd, drop_in, &both).await?;
-            answers(systemd, port, &old.address_family).await?;
-            info!(control = "sshd-port", "sshd answers on {port}; giving up the other ports");
-        }
-        set_ports(systemd, drop_in, &[port]).await?;
-        // In this order: while an old port listens, what answers may be the process from before.
-        gone(&old.ports, port).await?;
-        answers(systemd, port, &old.address_family).await
-    }
-    .await;
-
-    let Err(error) = result else { return Ok(()) };
-    warn!(control = "sshd-port", "undoing the change to sshd: {error:#}");
-    old.ports.retain(|p| *p != port || already);
-    match undo(systemd, drop_in, before.as_deref(), &old).await {
-        Ok(()) => Err(error.context("sshd was not moved, and is as it was before")),
-        Err(undoing) => Err(error.context(format!(
-            "sshd was not moved, and bringing it back failed too ({undoing:#}); do not close your \
-             session"
-        ))),
-    }
-}
-
-/// The port that everybody tries.
-pub const WELL_KNOWN: u16 = 22;
-
-/// The process of sshd's that listens; an error if the service does not run.
-async fn main_pid(systemd: &Systemd) -> Result<u32> {
-    let unit = systemd.unit(SERVICE).await?;
-    if unit.active_state != "active" || unit.main_pid == 0 {
-        bail!("{SERVICE} is {}", unit.active_state);
-    }
-    Ok(unit.main_pid)
-}
-
-async fn set_ports(systemd: &Systemd, drop_in: &Path, ports: &[u16]) -> Result<()> {
-    use std::fmt::Write as _;
-    let mut text =
-        "# Written by hostagent (control sshd-port); [sshd] port in hostagent.toml decides.\n"
-            .to_owned();
-    for port in ports {
-        // Writing to a String cannot fail.
-        _ = writeln!(text, "Port {port}");
-    }
-    files::write_atomic(drop_in, &text, 0o644)?;
-    let now = effective().await.context("sshd does not accept the new configuration")?;
-    for port in ports {
-        if !now.ports.contains(port) {
-            bail!(
-                "sshd's configuration does not include {DROP_IN}; add `Include /etc/ssh/sshd_config.d/*.conf` to /etc/ssh/sshd_config"
-            );
-        }
-    }
-    if let Some(extra) = now.ports.iter().find(|p| !ports.contains(p)) {
-        bail!(
-            "another of sshd's configuration files says `Port {extra}`, and ports add up; remove that line ({})",
-            who_says(*extra)
-        );
-    }
-    systemd.reload(SERVICE, Duration::from_secs(60)).await
-}
-
-/// The files that set a port themselves, for messages.
-fn who_says(port: u16) -> String {
-    let mut paths = vec![Path::new("/etc/ssh/sshd_config").to_path_buf()];
-    if let Ok(entries) = std::fs::read_dir("/etc/ssh/sshd_config.d") {
-        paths.extend(entries.flatten().map(|e| e.path()));
-    }
-    let says = |text: &str| {
-        text.lines().any(|line| {
-            let mut words = line.split([' ', '\t', '=']).filter(|w| !w.is_empty());
-            words.next().is_some_and(|w| w.eq_ignore_ascii_case("port"))
-                && words.next() == Some(port.to_string().as_str())
-        })
-    };
-    let names: Vec<String> = paths
-        .iter()
-        .filter(|p| *p != Path::new(DROP_IN))
-        .filter(|p| std::fs::read_to_string(p).is_ok_and(|text| says(&text)))
-        .map(|p| p.display().to_string())
-        .collect();
-    if names.is_empty() { "see `sshd -T`".to_owned() } else { names.join(", ") }
-}
-
-/// Waits until sshd itself answers on `port` in every address family that it is configured for.
-async fn answers(systemd: &Systemd, port: u16, family: &str) -> Result<()> {
-    let until = Instant::now() + ANSWER_DEADLINE;
-    let mut waiting: Vec<IpAddr> =
-        LOOPBACKS.into_iter().filter(|address| expected_on(*address, family)).collect();
-    loop {
-        let mut last = None;
-        let mut still = Vec::new();
-        // What has answered is not asked again: sshd 9.8 and later turns a peer away that connects
-        // often without logging in (PerSourcePenalties in sshd_config(5)).
-        for address in waiting {
-            match knock(address, port).await {
-                Ok(Answer::Banner(_)) => {}
-                Ok(Answer::NoAddressFamily) if address.is_ipv6() => {}
-                other => {
-                    last = Some((address, other));
-                    still.push(address);
-                }
-            }
-        }
-        waiting = still;
-        let Some((address, other)) = last else { break };
-        if Instant::now() > until {
-            bail!("sshd does not answer on {}: {other:?}", SocketAddr::new(address, port));
-        }
-        sleep(Duration::from_millis(500)).await;
-    }
-    let listeners = listeners(port, main_pid(systemd).await?)?;
-    match listeners.iter().find(|l| !l.owned) {
-        Some(stranger) => bail!("what answers on {} is not {SERVICE}", stranger.address),
-        None if listeners.is_empty() => bail!("nothing listens on port {port} any more"),
-        None => Ok(()),
-    }
-}
-
-/// Whether sshd listens in the family of `address` under `AddressFamily family`.
-#[must_use]
-pub fn expected_on(address: IpAddr, family: &str) -> bool {
-    match family {
-        "inet" => address.is_ipv4(),
-        "inet6" => address.is_ipv6(),
-        _ => true,
-    }
-}
-
-/// Waits until nothing listens on the old ports any more.
-async fn gone(old: &[u16], new: u16) -> Result<()> {
-    let until = Instant::now() + ANSWER_DEADLINE;
-    for port in old.iter().filter(|p| **p != new) {
-        loop {
-            let still = listeners(*port, 0)?;
-            if still.is_empty() {
-                break;
-            }
-            if Instant::now() > until {
-                bail!("something still listens on {}", still[0].address);
-            }
-            sleep(Duration::from_millis(200)).await;
-        }
-    }
-    Ok(())
-}
-
-async fn undo(
-    systemd: &Systemd,
-    drop_in: &Path,
-    before: Option<&str>,
-    old: &Effective,
-) -> Result<()> {
-    let restored = match before {
-        Some(text) => files::write_atomic(drop_in, text, 0o644),
-        None => files::remove(drop_in),
-    };
-    // Even if the file could not be put back: a daemon on any port is better than none. A reload
-    // that sshd refuses leaves the old process running; a start revives a dead one.
-    if let Err(e) = systemd.reload(SERVICE, Duration::from_secs(60)).await {
-        warn!(control = "sshd-port", "{e:#}");
-        systemd.start(SERVICE, Duration::from_secs(60)).await?;
-    }
-    restored?;
-    for port in &old.ports {
-        answers(systemd, *port, &old.address_family).await?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -370,19 +288,44 @@ mod tests {
 
     #[test]
     fn sshd_t_is_read() {
-        let text =
-            "port 22\nport 2222\nport 22\naddressfamily any\nlistenaddress [::]:22\nusepam yes\n";
-        let effective = parse_effective(text);
-        assert_eq!(effective.ports, [22, 2222]);
-        assert_eq!(effective.address_family, "any");
+        let text = "port 22\nport 2222\naddressfamily any\nlistenaddress [::]:22\n\
+                    listenaddress 10.0.0.5:2222\nlistenaddress [::]:22\nusepam yes\n";
+        let effective = parse_effective(text).unwrap();
+        let listen: Vec<String> = effective.listen.iter().map(ToString::to_string).collect();
+        assert_eq!(listen, ["[::]:22", "10.0.0.5:2222"]);
+        assert_eq!(effective.ports(), [22, 2222]);
+        // What is not understood is not passed over.
+        assert!(parse_effective("port 22\n").is_err());
+        assert!(parse_effective("listenaddress 10.0.0.5:22 rdomain blue\n").is_err());
     }
 
     #[test]
-    fn families_follow_the_configuration() {
-        let [v4, v6] = LOOPBACKS;
-        assert!(expected_on(v4, "any") && expected_on(v6, "any"));
-        assert!(expected_on(v4, "inet") && !expected_on(v6, "inet"));
-        assert!(!expected_on(v4, "inet6") && expected_on(v6, "inet6"));
+    fn sshd_is_looked_for_where_it_is_told_to_listen() {
+        let doors = |listen: &[&str]| {
+            let listen = listen.iter().map(|text| text.parse().unwrap()).collect();
+            let doors = Effective { listen }.doors(2222);
+            doors.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(doors(&["[::]:22", "0.0.0.0:22"]), ["127.0.0.1:2222", "[::1]:2222"]);
+        assert_eq!(doors(&["[::]:22", "[::]:2222"]), ["[::1]:2222"]);
+        assert_eq!(doors(&["10.0.0.5:22"]), ["10.0.0.5:2222"]);
+    }
+
+    #[test]
+    fn a_unit_comes_at_the_next_boot_if_anything_but_its_service_wants_it() {
+        let unit = |load: &str, file: &str, by: &[&str]| Unit {
+            load_state: load.into(),
+            unit_file_state: file.into(),
+            wanted_by: by.iter().map(|&name| name.to_owned()).collect(),
+            ..Unit::default()
+        };
+        assert!(comes(&unit("loaded", "enabled", &[])));
+        assert!(comes(&unit("loaded", "disabled", &["sockets.target"])));
+        assert!(!comes(&unit("loaded", "disabled", &[])));
+        // Ubuntu's ssh.socket is required by ssh.service.
+        assert!(!comes(&unit("loaded", "disabled", &["ssh.service"])));
+        assert!(!comes(&unit("masked", "masked", &["sockets.target"])));
+        assert!(!comes(&unit("not-found", "", &["sockets.target"])));
     }
 
     #[tokio::test]
@@ -394,7 +337,7 @@ mod tests {
                 let (mut stream, _) = listener.accept().await.unwrap();
                 stream.write_all(text).await.unwrap();
             };
-            let (answer, ()) = tokio::join!(knock(LOOPBACKS[0], port), server);
+            let (answer, ()) = tokio::join!(knock(SocketAddr::new(LOOPBACKS[0], port)), server);
             answer.unwrap()
         };
         assert_eq!(
@@ -404,14 +347,18 @@ mod tests {
         assert_eq!(serve(b"220 \x1b[31mmail\r\n").await, Answer::NotSsh("220 [31mmail".into()));
         assert_eq!(serve(b"").await, Answer::NotSsh(String::new()));
         let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
-        assert_eq!(knock(LOOPBACKS[0], closed).await.unwrap(), Answer::Refused);
+        let closed = SocketAddr::new(LOOPBACKS[0], closed);
+        assert_eq!(knock(closed).await.unwrap(), Answer::Refused);
     }
 
     #[tokio::test]
     async fn listeners_are_found_on_any_address_with_their_owner() {
         let listener = TcpListener::bind("127.0.0.9:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let seen = |pid| listeners(address.port(), pid).unwrap();
+        let seen = |main_pid| {
+            let owners = Owners { main_pid, socket: vec![] };
+            listeners(address.port(), &owners).unwrap()
+        };
         assert_eq!(seen(std::process::id()), [Listener { address, owned: true }]);
         assert_eq!(seen(0), [Listener { address, owned: false }]);
         drop(listener);

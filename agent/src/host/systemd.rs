@@ -68,6 +68,10 @@ pub struct Unit {
     pub exec_start_pre: Vec<ExecCommand>,
     /// The main process; a service's only, 0 if none runs.
     pub main_pid: u32,
+    /// The addresses of `Listen…=`, as systemd writes them; a socket's only.
+    pub listen: Vec<String>,
+    /// `BindIPv6Only=`: `default`, `both` or `ipv6-only`; a socket's only.
+    pub bind_ipv6_only: String,
     /// When the main process was started; a service's only, none if it never was.
     pub main_started: Option<Timestamp>,
 }
@@ -130,14 +134,16 @@ impl Systemd {
                 .await?;
             let interface = |name: &'static str| zbus::names::InterfaceName::from_static_str(name);
             let all = properties.get_all(interface("org.freedesktop.systemd1.Unit")?).await?;
-            let service = if name.ends_with(".service") {
+            let own = if name.ends_with(".service") {
                 properties.get_all(interface("org.freedesktop.systemd1.Service")?).await?
+            } else if name.ends_with(".socket") {
+                properties.get_all(interface("org.freedesktop.systemd1.Socket")?).await?
             } else {
                 std::collections::HashMap::default()
             };
-            zbus::Result::Ok((all, service))
+            zbus::Result::Ok((all, own))
         };
-        let (mut unit, mut service) =
+        let (mut unit, mut own) =
             within(read).await.with_context(|| format!("asking systemd about {name}"))?;
         let doing = || format!("reading what systemd says of {name}");
         let mut is = Unit {
@@ -158,18 +164,22 @@ impl Systemd {
             *negate && !trigger && format!("{kind}=!{parameter}") == BARRED
         });
         if name.ends_with(".service") && is.exists() {
-            is.main_pid = take(&mut service, "MainPID").with_context(doing)?;
-            let started: u64 = take(&mut service, "ExecMainStartTimestamp").with_context(doing)?;
+            is.main_pid = take(&mut own, "MainPID").with_context(doing)?;
+            let started: u64 = take(&mut own, "ExecMainStartTimestamp").with_context(doing)?;
             is.main_started = i64::try_from(started)
                 .ok()
                 .filter(|started| *started != 0)
                 .and_then(|started| Timestamp::from_microsecond(started).ok());
-            let commands: Vec<ExecTuple> =
-                take(&mut service, "ExecStartPre").with_context(doing)?;
+            let commands: Vec<ExecTuple> = take(&mut own, "ExecStartPre").with_context(doing)?;
             is.exec_start_pre = commands
                 .into_iter()
                 .map(|c| ExecCommand { argv: c.1, ignore_failure: c.2 })
                 .collect();
+        }
+        if name.ends_with(".socket") && is.exists() {
+            let listen: Vec<(String, String)> = take(&mut own, "Listen").with_context(doing)?;
+            is.listen = listen.into_iter().map(|(_, address)| address).collect();
+            is.bind_ipv6_only = take(&mut own, "BindIPv6Only").with_context(doing)?;
         }
         Ok(is)
     }
@@ -200,9 +210,14 @@ impl Systemd {
     /// Starts a unit and waits for the job's end. A failure or a start limit from before is
     /// forgotten first: what was refused then may be right now.
     pub async fn start(&self, name: &str, deadline: Duration) -> Result<()> {
+        self.forget_failure(name).await;
+        self.job("starting", name, self.manager.start_unit(name, "replace"), deadline).await
+    }
+
+    /// Makes systemd forget that a unit failed, and how often it was started lately.
+    pub async fn forget_failure(&self, name: &str) {
         // Fails for a unit that is not loaded, which has nothing to forget.
         drop(within(self.manager.reset_failed_unit(name)).await);
-        self.job("starting", name, self.manager.start_unit(name, "replace"), deadline).await
     }
 
     /// Stops a unit and waits for the job's end.

@@ -21,9 +21,10 @@ pub(super) const GROUP: &str = "workers";
 pub(super) const HOOK: &str = "launch";
 
 /// All controls, in the order of the report.
-pub(super) const CONTROLS: [&str; 11] = [
+pub(super) const CONTROLS: [&str; 12] = [
     "instance-tenancy",
     "sshd-port",
+    "sshd-hardening",
     "boot-order",
     "swap",
     "core-dumps",

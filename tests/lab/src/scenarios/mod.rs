@@ -12,6 +12,7 @@ mod migration;
 mod ready;
 mod reboots;
 mod refused;
+mod sshd;
 
 use crate::stage::{Stage, Start};
 use anyhow::Result;
@@ -181,6 +182,31 @@ pub const ALL: &[Scenario] = &[
         "sshd-conflict",
         "a change to sshd that cannot be completed is undone",
         refused::sshd_conflict,
+    ),
+    installed(
+        "sshd-socket",
+        "under Debian's ssh.socket sshd moves, with a session open, and stays so after a boot",
+        sshd::socket,
+    ),
+    installed(
+        "sshd-generator",
+        "under Ubuntu's ssh.socket and a generator like Ubuntu's, and a drop-in against it",
+        sshd::generator,
+    ),
+    installed(
+        "sshd-lines",
+        "ports and addresses in the operator's files are dealt with, and put back on a failure",
+        sshd::lines,
+    ),
+    installed(
+        "sshd-cut",
+        "after a power cut in the middle of the move sshd answers, and the next run finishes it",
+        sshd::cut,
+    ),
+    installed(
+        "sshd-hardening",
+        "passwords end when somebody has a key; a Match block is not missed; report; undone",
+        sshd::hardening,
     ),
     installed("impostor", "another server on sshd's port is not taken for sshd", refused::impostor),
     installed(

@@ -133,15 +133,17 @@ pub(super) fn sshd_conflict(stage: &mut Stage) -> Result<()> {
     host::await_signals(stage)?;
     stage.attach(&host::volume(), host::DEVICE)?;
     let guest = stage.guest()?;
-    // The operator's own line: ports add up, so 22 would stay open.
     guest.sh("echo 'Port 22' >> /etc/ssh/sshd_config && systemctl reload ssh.service")?;
+    // sshd listens on its new port, and nobody gets there.
+    guest.sh("iptables -A INPUT -p tcp --dport 2222 -j REJECT --reject-with tcp-reset")?;
     let before = guest.sh("cat /etc/ssh/sshd_config; ls /etc/ssh/sshd_config.d")?;
     refuses(stage, &[("sshd-port", "fail")])?;
     let guest = stage.guest()?;
+    guest.sh("iptables -D INPUT -p tcp --dport 2222 -j REJECT --reject-with tcp-reset")?;
     host::expect_sshd(guest, 22, 2222)?;
     let after = guest.sh("cat /etc/ssh/sshd_config; ls /etc/ssh/sshd_config.d")?;
     ensure!(before == after, "sshd's configuration was not put back: {after}");
-    guest.sh("journalctl -b -u hostagent.service -o cat | grep -q '/etc/ssh/sshd_config'")?;
+    guest.sh("journalctl -b -u hostagent.service -o cat | grep -q 'sshd does not answer on 127.0.0.1:2222'")?;
     Ok(())
 }
 
