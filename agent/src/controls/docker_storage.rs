@@ -916,7 +916,8 @@ mod tests {
     }
 
     fn config(migrate: Migrate) -> Config {
-        Config { docker: crate::config::Docker { migrate }, ..Config::default() }
+        let docker = crate::config::Docker { migrate, ..crate::config::Docker::default() };
+        Config { docker, ..Config::default() }
     }
 
     #[test]

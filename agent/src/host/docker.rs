@@ -141,16 +141,23 @@ pub fn moved_by_configuration() -> Result<Option<String>> {
             }
         }
     }
-    let containerd = "/etc/containerd/config.toml";
-    if let Some(text) = files::read_optional(Path::new(containerd))? {
-        let table: toml::Table = text.parse().with_context(|| format!("reading {containerd}"))?;
-        if let Some(root) = table.get("root").and_then(|root| root.as_str())
-            && !matches!(root, "" | "/var/lib/containerd")
-        {
-            return Ok(Some(format!("{containerd} sets root to {root:?}")));
-        }
+    let root = containerd_root()?;
+    if root != CONTAINERD_ROOT {
+        return Ok(Some(format!("{CONTAINERD_CONFIG} sets root to {root:?}")));
     }
     Ok(None)
+}
+
+const CONTAINERD_CONFIG: &str = "/etc/containerd/config.toml";
+const CONTAINERD_ROOT: &str = "/var/lib/containerd";
+
+/// Where containerd keeps its data, by its configuration file.
+pub fn containerd_root() -> Result<String> {
+    let text = files::read_optional(Path::new(CONTAINERD_CONFIG))?.unwrap_or_default();
+    let table: toml::Table =
+        text.parse().with_context(|| format!("reading {CONTAINERD_CONFIG}"))?;
+    let root = table.get("root").and_then(|root| root.as_str()).filter(|root| !root.is_empty());
+    Ok(root.unwrap_or(CONTAINERD_ROOT).to_owned())
 }
 
 /// A file that a process holds open for writing, on a filesystem with a block device.

@@ -21,7 +21,7 @@ pub(super) const GROUP: &str = "workers";
 pub(super) const HOOK: &str = "launch";
 
 /// All controls, in the order of the report.
-pub(super) const CONTROLS: [&str; 11] = [
+pub(super) const CONTROLS: [&str; 12] = [
     "instance-tenancy",
     "sshd-port",
     "boot-order",
@@ -33,6 +33,7 @@ pub(super) const CONTROLS: [&str; 11] = [
     "data-mount",
     "data-size",
     "docker-storage",
+    "container-storage",
 ];
 
 /// The data volume as it should be.

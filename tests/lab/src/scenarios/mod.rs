@@ -1,6 +1,7 @@
 //! The scenarios, in one explicit list. Each shows one thing on an instance of its own.
 
 mod boot;
+mod containers;
 mod destroy;
 mod foreign;
 mod format;
@@ -186,6 +187,21 @@ pub const ALL: &[Scenario] = &[
         "data-root",
         "Docker that is told to keep its data elsewhere does not start",
         refused::data_root,
+    ),
+    installed(
+        "containers",
+        "a container with a directory of another disk is named, and the host not ready",
+        containers::containers,
+    ),
+    installed(
+        "image-store",
+        "the same where containerd keeps layers, and for containers that are not Docker's",
+        containers::image_store,
+    ),
+    installed(
+        "hung-docker",
+        "a Docker that hangs is unknown in time, and what containers write to is seen all the same",
+        containers::hung,
     ),
     installed(
         "silent-metadata",
