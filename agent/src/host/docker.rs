@@ -57,6 +57,20 @@ pub fn storage(path: &Path) -> Result<Storage> {
     storage_at(path, path)
 }
 
+/// The same for what a link in its place leads to, if that is a link.
+pub fn storage_behind(path: &Path) -> Result<Storage> {
+    match fs::canonicalize(path) {
+        Ok(real) => storage(&real),
+        Err(e) if e.kind() == ErrorKind::NotFound || is_circle(&e) => storage(path),
+        Err(e) => Err(e).with_context(|| format!("looking at {}", path.display())),
+    }
+}
+
+/// Whether links lead in a circle.
+pub(super) fn is_circle(e: &std::io::Error) -> bool {
+    e.raw_os_error() == Some(nix::libc::ELOOP)
+}
+
 /// The same for a directory that is reached at `path` and is `shown` in the answer.
 pub fn storage_at(path: &Path, shown: &Path) -> Result<Storage> {
     let doing = || format!("looking at {}", path.display());

@@ -17,6 +17,7 @@ pub mod ground;
 pub mod growth;
 pub mod identity;
 pub mod kernel;
+pub mod link;
 pub mod logs;
 pub mod migration;
 pub mod mounts;

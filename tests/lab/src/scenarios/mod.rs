@@ -168,6 +168,11 @@ pub const ALL: &[Scenario] = &[
         migration::interrupted,
     ),
     installed(
+        "linked",
+        "a link in the place of Docker's storage gives way to a directory, and nothing is lost",
+        migration::linked,
+    ),
+    installed(
         "hidden-data",
         "data beneath the mounts is found, named and left alone",
         migration::hidden,
@@ -188,6 +193,7 @@ pub const ALL: &[Scenario] = &[
         "Docker that is told to keep its data elsewhere does not start",
         refused::data_root,
     ),
+    installed("snap", "Docker as a snap is recognised, and refused", refused::snap),
     installed(
         "containers",
         "a container with a directory of another disk is named, and the host not ready",

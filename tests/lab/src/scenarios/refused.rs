@@ -260,6 +260,28 @@ pub(super) fn data_root(stage: &mut Stage) -> Result<()> {
         .map(drop)
 }
 
+pub(super) fn snap(stage: &mut Stage) -> Result<()> {
+    host::await_signals(stage)?;
+    stage.attach(&host::volume(), host::DEVICE)?;
+    let guest = stage.guest()?;
+    // As far as anybody can see, for no snap can be had here.
+    let unit = "/etc/systemd/system/snap.docker.dockerd.service";
+    guest.sh(&format!(
+        "printf '[Service]\\nExecStart=/bin/sleep infinity\\n' > {unit} && systemctl daemon-reload"
+    ))?;
+    refuses(stage, &[("docker-storage", "fail")])?;
+    let guest = stage.guest()?;
+    guest
+        .sh("journalctl -b -u hostagent.service -o cat | grep -q 'refused: Docker is a snap (snap.docker'")
+        .context("not said why")?;
+    guest.sh(&format!("rm {unit} && systemctl daemon-reload && mkdir -p /snap/docker/current"))?;
+    let (_, report) = host::verify(guest)?;
+    ensure!(report.to_string().contains("installed as a snap: /snap/docker"), "{report:#}");
+    guest.sh("rm -r /snap")?;
+    host::provision(guest, RUN)?;
+    host::expect_ready(stage)
+}
+
 pub(super) fn silent_metadata(stage: &mut Stage) -> Result<()> {
     stage.attach(&host::volume(), host::DEVICE)?;
     stage.cloud.fault(&Fault {
