@@ -17,7 +17,7 @@ use crate::host::containers::{self, Container, Kept, Part, Role};
 use crate::host::device::DataDevice;
 use crate::host::engine_api::{self, Account};
 use crate::host::systemd::Unit;
-use crate::host::{blocking, docker};
+use crate::host::{blocking, docker_config};
 use crate::volume;
 
 /// See the module.
@@ -275,7 +275,7 @@ async fn daemons(
             found.push(directory(DOCKER, pid, path)?);
         }
         if let Some(pid) = containerd {
-            found.push(directory(CONTAINERD, pid, docker::containerd_root()?)?);
+            found.push(directory(CONTAINERD, pid, docker_config::containerd_root()?)?);
         }
         Ok(found)
     });

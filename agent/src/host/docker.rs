@@ -9,7 +9,6 @@ use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
 use super::block::DevNum;
-use super::files;
 
 /// What a storage directory holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,42 +135,6 @@ fn matches(pattern: &str, path: &str) -> bool {
             }
             None => *pattern == part,
         })
-}
-
-/// Where the daemons' configuration files move their storage away from the default, if they do.
-/// Flags on a command line are not seen here, but in what the running daemon holds open.
-pub fn moved_by_configuration() -> Result<Option<String>> {
-    let docker = "/etc/docker/daemon.json";
-    if let Some(text) = files::read_optional(Path::new(docker))? {
-        let json: serde_json::Value = match text.trim() {
-            "" => serde_json::Value::Null,
-            text => serde_json::from_str(text).with_context(|| format!("reading {docker}"))?,
-        };
-        for key in ["data-root", "graph"] {
-            if let Some(root) = json.get(key)
-                && root != "/var/lib/docker"
-            {
-                return Ok(Some(format!("{docker} sets \"{key}\" to {root}")));
-            }
-        }
-    }
-    let root = containerd_root()?;
-    if root != CONTAINERD_ROOT {
-        return Ok(Some(format!("{CONTAINERD_CONFIG} sets root to {root:?}")));
-    }
-    Ok(None)
-}
-
-const CONTAINERD_CONFIG: &str = "/etc/containerd/config.toml";
-const CONTAINERD_ROOT: &str = "/var/lib/containerd";
-
-/// Where containerd keeps its data, by its configuration file.
-pub fn containerd_root() -> Result<String> {
-    let text = files::read_optional(Path::new(CONTAINERD_CONFIG))?.unwrap_or_default();
-    let table: toml::Table =
-        text.parse().with_context(|| format!("reading {CONTAINERD_CONFIG}"))?;
-    let root = table.get("root").and_then(|root| root.as_str()).filter(|root| !root.is_empty());
-    Ok(root.unwrap_or(CONTAINERD_ROOT).to_owned())
 }
 
 /// A file that a process holds open for writing, on a filesystem with a block device.

@@ -10,6 +10,7 @@ pub mod containers;
 pub mod content;
 pub mod device;
 pub mod docker;
+pub mod docker_config;
 pub mod engine_api;
 pub mod files;
 pub mod format;

@@ -190,7 +190,7 @@ pub const ALL: &[Scenario] = &[
     installed("impostor", "another server on sshd's port is not taken for sshd", refused::impostor),
     installed(
         "data-root",
-        "Docker that is told to keep its data elsewhere does not start",
+        "Docker that is told to keep its data elsewhere starts only if that is on the volume",
         refused::data_root,
     ),
     installed("snap", "Docker as a snap is recognised, and refused", refused::snap),

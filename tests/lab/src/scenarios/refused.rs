@@ -239,6 +239,19 @@ pub(super) fn data_root(stage: &mut Stage) -> Result<()> {
     // The operator's file is left as it is.
     guest.sh("grep -q /srv/docker /etc/docker/daemon.json")?;
 
+    // Elsewhere on the volume is on the volume, also through a link, and before it is there.
+    guest.sh("ln -s /data /srv/link && \
+         echo '{\"data-root\": \"/srv/link/mine/docker\"}' > /etc/docker/daemon.json")?;
+    host::provision(stage.guest()?, RUN)?;
+    host::expect_ready(stage)?;
+    let guest = stage.guest()?;
+    guest.sh("test -d /data/mine/docker/overlay2")?;
+    let root = guest.sh("docker info -f '{{.DockerRootDir}}'")?;
+    ensure!(root.trim() == "/data/mine/docker", "Docker's root directory is {root}");
+    // Where the link leads is what counts at the next start.
+    guest.sh("ln -sfn /srv/other /srv/link && mkdir /srv/other && ! hostagent gate")?;
+    guest.sh("! systemctl restart docker.service && ! test -e /srv/other/mine")?;
+
     guest.sh("rm /etc/docker/daemon.json")?;
     host::provision(stage.guest()?, RUN)?;
     host::expect_ready(stage)?;
