@@ -15,7 +15,9 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::host::block::VolumeId;
 pub use file::{ConfigError, Loaded, load};
-pub use values::{AssembledDevice, DeviceName, KeyArn, MountPoint, Name, Port, Seconds, Tag};
+pub use values::{
+    AssembledDevice, DeviceName, HostPath, KeyArn, MountPoint, Name, Port, Seconds, Tag,
+};
 
 /// Where the configuration is read from unless `--config` names another file.
 pub const DEFAULT_PATH: &str = "/etc/hostagent/hostagent.toml";
@@ -189,10 +191,39 @@ pub enum RootEncryption {
 }
 
 /// `[docker]`
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Docker {
     /// When data that Docker has on the root disk is moved to the volume.
     pub migrate: Migrate,
+    /// What containers may have mounted from elsewhere than the volume: each path with what is below
+    /// it; `/` means the root directory itself.
+    pub allowed_mounts: Vec<HostPath>,
+}
+
+/// What programs commonly want of the host, none of which is written to. `docker-init` is what Docker
+/// mounts for `--init`: as its own packages, Debian's and Ubuntu's have it.
+const ALLOWED_MOUNTS: [&str; 12] = [
+    "/etc/localtime",
+    "/etc/machine-id",
+    "/etc/os-release",
+    "/etc/ssl/certs",
+    "/etc/timezone",
+    "/lib/modules",
+    "/usr/bin/docker-init",
+    "/usr/libexec/docker/docker-init",
+    "/usr/local/share/ca-certificates",
+    "/usr/sbin/docker-init",
+    "/usr/share/ca-certificates",
+    "/usr/share/zoneinfo",
+];
+
+impl Default for Docker {
+    fn default() -> Self {
+        Self {
+            migrate: Migrate::default(),
+            allowed_mounts: ALLOWED_MOUNTS.map(|path| HostPath(path.into())).into(),
+        }
+    }
 }
 
 /// When data is moved to the volume.

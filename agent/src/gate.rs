@@ -15,7 +15,7 @@ use crate::aws::cache::{self, Confirmation};
 use crate::config::Volume;
 use crate::host::block::{DevNum, Disk, ToldBy, VolumeId};
 use crate::host::chain::{Kind, Layer};
-use crate::host::docker;
+use crate::host::docker_config::{self, Moved};
 use crate::host::identity::{self, Firmware};
 use crate::host::mounts::{self, Mount};
 
@@ -36,8 +36,8 @@ struct Facts {
     /// The device that is seen at the mount point and at the storage directories, whatever the list
     /// of mounts says: a later mount on a parent hides them.
     seen: Vec<(String, DevNum)>,
-    /// Where the daemons' configuration moves their storage, if it does.
-    moved: Option<String>,
+    /// The storage that the daemons' configuration moves away from these.
+    moved: Vec<Moved>,
 }
 
 /// Filesystems that hold nothing of their own: what Docker mounts below its storage.
@@ -67,7 +67,7 @@ pub fn check(volume: &Volume) -> Result<String> {
         boot_id: identity::boot_id()?,
         device,
         seen,
-        moved: docker::moved_by_configuration()?,
+        moved: docker_config::moved()?,
     };
     judge(volume, &facts)
 }
@@ -135,16 +135,23 @@ fn judge(wanted: &Volume, facts: &Facts) -> Result<String> {
             "a mount hides {path}: what is seen there is on the device {there}"
         );
     }
-    if let Some(stray) = stray_mount(wanted, device, &facts.mounts) {
+    for Moved { setting, place: there, device: number } in &facts.moved {
+        // Below the mount point, which the daemons wait for: the volume may be mounted elsewhere too.
+        let on_volume = *number == Some(device)
+            && there.as_ref().is_some_and(|there| there.starts_with(wanted.mount_point.path()));
+        ensure!(
+            on_volume,
+            "{setting}, which is not on {volume} as it is mounted on {place} ({}); choose a \
+             directory below {place}, or remove the setting: hostagent puts the default \
+             directories on the volume",
+            number.map_or("it leads nowhere".to_owned(), |number| format!("device {number}"))
+        );
+    }
+    if let Some(stray) = stray_mount(wanted, device, facts) {
         bail!(
             "{} is mounted from the device {}, not from {volume}",
             stray.mount_point,
             stray.device
-        );
-    }
-    if let Some(moved) = &facts.moved {
-        bail!(
-            "{moved}; hostagent moves /var/lib/docker and /var/lib/containerd instead, remove it"
         );
     }
     Ok(format!("Docker's storage is on {volume}"))
@@ -169,12 +176,13 @@ fn confirmed_disk(confirmation: &Confirmation, disk: &Disk) -> Result<VolumeId> 
 }
 
 /// A mount below Docker's storage through which data would leave the volume.
-fn stray_mount<'a>(wanted: &Volume, device: DevNum, mounts: &'a [Mount]) -> Option<&'a Mount> {
+fn stray_mount<'a>(wanted: &Volume, device: DevNum, facts: &'a Facts) -> Option<&'a Mount> {
     let storage = STORAGE.iter().flat_map(|(path, directory)| {
         [Path::new(path).to_path_buf(), wanted.mount_point.path().join(directory)]
     });
-    let storage: Vec<_> = storage.collect();
-    mounts.iter().find(|mount| {
+    let moved = facts.moved.iter().filter_map(|moved| moved.place.clone());
+    let storage: Vec<_> = storage.chain(moved).collect();
+    facts.mounts.iter().find(|mount| {
         let path = Path::new(&mount.mount_point);
         storage.iter().any(|top| path.starts_with(top) && path != top)
             && mount.device != device
@@ -263,7 +271,20 @@ mod tests {
             seen: ["/data", "/var/lib/docker", "/var/lib/containerd"]
                 .map(|path| (path.to_owned(), DATA))
                 .into(),
-            moved: None,
+            moved: vec![],
+        }
+    }
+
+    fn moved(place: Option<&str>, device: DevNum) -> Vec<Moved> {
+        let setting = "daemon.json sets data-root".to_owned();
+        vec![Moved { setting, place: place.map(Into::into), device: Some(device) }]
+    }
+
+    #[test]
+    fn storage_elsewhere_on_the_volume_is_on_the_volume() {
+        for place in ["/data/mine", "/data/docker", "/data"] {
+            let facts = Facts { moved: moved(Some(place), DATA), ..good() };
+            judge(&Volume::default(), &facts).unwrap();
         }
     }
 
@@ -273,7 +294,7 @@ mod tests {
     fn opens_only_when_everything_is_in_place() {
         let volume = Volume::default();
         judge(&volume, &good()).unwrap();
-        let table: [(&str, Break); 21] = [
+        let table: [(&str, Break); 26] = [
             ("has not confirmed", |f| f.confirmation = None),
             ("does not tell which instance", |f| f.firmware.instance_id = None),
             ("belongs to", |f| f.firmware.instance_id = Some("i-0fffffffffffffff0".into())),
@@ -310,7 +331,17 @@ mod tests {
             ("/data/containerd/x is mounted", |f| {
                 f.mounts.push(mount("/data/containerd/x", ROOT, "/"));
             }),
-            ("data-root", |f| f.moved = Some("daemon.json sets data-root".into())),
+            ("sets data-root, which is not on", |f| f.moved = moved(Some("/srv/docker"), ROOT)),
+            // On the volume, but where nobody waits for it.
+            ("sets data-root, which is not on", |f| f.moved = moved(Some("/mnt/docker"), DATA)),
+            ("sets data-root, which is not on", |f| f.moved = moved(Some("/data2/docker"), DATA)),
+            // Below the mount point, and on another disk.
+            ("sets data-root, which is not on", |f| f.moved = moved(Some("/data/x"), ROOT)),
+            ("sets data-root, which is not on", |f| f.moved = moved(None, DATA)),
+            ("/data/mine/overlay2 is mounted", |f| {
+                f.moved = moved(Some("/data/mine"), DATA);
+                f.mounts.push(mount("/data/mine/overlay2", ROOT, "/"));
+            }),
             ("belongs to", |f| f.confirmation.as_mut().unwrap().instance_id = "i-1".into()),
         ];
         for (expected, break_it) in table {

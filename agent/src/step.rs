@@ -22,12 +22,14 @@ use crate::host::ahead::Ahead;
 use crate::host::block::{self, Volumes};
 use crate::host::chain;
 use crate::host::format::{self, Onto, Order};
+use crate::host::link::{self, Leads, Link};
 use crate::host::migration::{self, Place};
 use crate::host::sshd::hardening::{self, Setting};
 use crate::host::sshd::transaction::{self, Change};
+use crate::host::systemd::Systemd;
 use crate::host::tree::Progress;
 use crate::host::uevents::Uevents;
-use crate::host::{files, growth, kernel, mounts, processes, swap};
+use crate::host::{blocking, files, growth, kernel, mounts, processes, swap};
 use crate::volume::{self, State};
 
 /// One change to the host, or one wait for something that changes it.
@@ -145,6 +147,11 @@ pub enum Step {
         /// The file.
         path: PathBuf,
     },
+    /// Put the directory that a link in the place of a storage directory leads to into its place.
+    ReplaceLink {
+        /// The storage directory.
+        place: Place,
+    },
     /// Move what a storage directory of Docker's holds to the data volume.
     MigrateStorage {
         /// From where to where.
@@ -222,6 +229,9 @@ impl fmt::Display for Step {
             Self::StopDocker => f.write_str("stop Docker and containerd"),
             Self::StopContainers => f.write_str("stop the containers that outlive Docker"),
             Self::RemoveFile { path } => write!(f, "remove {}", path.display()),
+            Self::ReplaceLink { place } => {
+                write!(f, "make {} a directory instead of a link", place.directory.display())
+            }
             Self::MigrateStorage { place: Place { directory, target, volumes } } => write!(
                 f,
                 "move the data of {} to {} on {volumes}",
@@ -278,6 +288,7 @@ pub async fn apply(step: &Step, cx: &Context) -> Result<()> {
         Step::StopDocker => stop_docker(cx).await,
         Step::StopContainers => processes::stop_containers().await,
         Step::RemoveFile { path } => files::remove(path),
+        Step::ReplaceLink { place } => replace_link(cx, place).await,
         Step::MigrateStorage { place } => migrate_storage(cx, place).await,
         Step::EraseMigrated { place } => erase_migrated(cx, place).await,
         Step::MoveSshd { change } => transaction::move_port(cx.host.systemd().await?, change).await,
@@ -407,19 +418,20 @@ async fn stop_swap(cx: &Context, unit: &str, path: &str) -> Result<()> {
     cx.host.systemd().await?.stop(unit, UNIT_DEADLINE).await
 }
 
-/// The step after which Docker's data is elsewhere. That nothing of Docker's runs, uses the directory
-/// or is mounted in it is proven here; the rest, on what is on the disks, where it is moved.
-async fn migrate_storage(cx: &Context, place: &Place) -> Result<()> {
-    let device = volume::find_again(cx, &place.volumes).await?.number();
-    let systemd = cx.host.systemd().await?;
+/// That nothing of Docker's runs.
+async fn docker_is_down(systemd: &Systemd) -> Result<()> {
     for unit in DOCKER_UNITS {
         ensure!(!systemd.unit(unit).await?.is_up(), "{unit} is up again");
     }
     let containers = processes::containers()?;
     ensure!(containers.is_empty(), "containers run: {}", containers.join(", "));
-    let directory = &place.directory;
+    Ok(())
+}
+
+/// Nothing is mounted on or in a directory of Docker's afterwards: what containers left there is
+/// unmounted. The last first, and by systemd, so that every namespace sees it.
+async fn clear_mounts(systemd: &Systemd, directory: &Path) -> Result<()> {
     ensure!(mounts::at(directory)?.is_empty(), "something is mounted on {}", directory.display());
-    // What is left of containers; the last first. By systemd, so that every namespace sees it.
     for mount in mounts::all()?.into_iter().rev() {
         let point = Path::new(&mount.mount_point);
         if !point.starts_with(directory) {
@@ -434,18 +446,38 @@ async fn migrate_storage(cx: &Context, place: &Place) -> Result<()> {
         );
         systemd.stop(&mounts::unit_name(point, "mount"), UNIT_DEADLINE).await?;
     }
+    Ok(())
+}
+
+/// That no process uses a directory.
+fn is_idle(directory: &Path) -> Result<()> {
+    let users = processes::users_of(directory)?;
+    ensure!(users.is_empty(), "{} is in use: {}", directory.display(), users.join("; "));
+    Ok(())
+}
+
+/// Where the link leads is looked at again by what replaces it; here, that nothing uses what is there.
+async fn replace_link(cx: &Context, place: &Place) -> Result<()> {
+    let device = volume::find_again(cx, &place.volumes).await?.number();
+    let systemd = cx.host.systemd().await?;
+    docker_is_down(systemd).await?;
+    if let Some(Link { leads: Leads::Beside(real), .. }) = link::look(place, Some(device))? {
+        clear_mounts(systemd, &real).await?;
+    }
+    let place = place.clone();
+    blocking(move || link::replace(&place, device, &is_idle)).await
+}
+
+/// The step after which Docker's data is elsewhere. That nothing of Docker's runs, uses the directory
+/// or is mounted in it is proven here; the rest, on what is on the disks, where it is moved.
+async fn migrate_storage(cx: &Context, place: &Place) -> Result<()> {
+    let device = volume::find_again(cx, &place.volumes).await?.number();
+    let systemd = cx.host.systemd().await?;
+    docker_is_down(systemd).await?;
+    clear_mounts(systemd, &place.directory).await?;
     let place = place.clone();
     watched("docker-storage", move |progress| {
-        let idle = || {
-            let users = processes::users_of(&place.directory)?;
-            ensure!(
-                users.is_empty(),
-                "{} is in use: {}",
-                place.directory.display(),
-                users.join("; ")
-            );
-            Ok(())
-        };
+        let idle = || is_idle(&place.directory);
         migration::migrate(&place, device, &idle, progress)
     })
     .await

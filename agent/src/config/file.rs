@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::values::{
-    AssembledDevice, DeviceName, KeyArn, MountPoint, Name, OneOrMore, Port, Seconds, Tag,
+    AssembledDevice, DeviceName, HostPath, KeyArn, MountPoint, Name, OneOrMore, Port, Seconds, Tag,
 };
 use super::{
     Config, DEFAULT_PATH, Filesystem, Hardening, Migrate, RootEncryption, Select, Tenancy, VolumeId,
@@ -111,6 +111,7 @@ struct FileRoot {
 #[serde(deny_unknown_fields, default)]
 struct FileDocker {
     migrate: Option<Migrate>,
+    allowed_mounts: Option<Vec<HostPath>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -177,6 +178,7 @@ impl Config {
         set(&mut self.volume.wait_seconds, volume.wait_seconds);
         set(&mut self.root.encryption, root.encryption);
         set(&mut self.docker.migrate, docker.migrate);
+        set(&mut self.docker.allowed_mounts, docker.allowed_mounts);
         set(&mut self.sshd.port, sshd.port);
         set(&mut self.sshd.hardening, sshd.hardening);
         let text = |name: Option<Name>| name.map(|n| Some(n.0));
@@ -430,6 +432,13 @@ mod tests {
             ("[volume]\nkms_keys = [\n \"alias/x\"]\n", ":2: volume.kms_keys: must be the ARN"),
             ("[volume]\nwait_seconds = -1\n", ":2: volume.wait_seconds: -1 is out of range"),
             ("[docker]\nmigrate = \"yes\"\n", ":2: docker.migrate: unknown variant `yes`"),
+            ("[docker]\nallowed_mounts = [\"srv\"]\n", ":2: docker.allowed_mounts: must be an abs"),
+            ("[docker]\nallowed_mounts = [\"/a/\"]\n", ":2: docker.allowed_mounts: must be norm"),
+            (
+                "[docker]\nallowed_mounts = [\"/a/../b\"]\n",
+                ":2: docker.allowed_mounts: must be norm",
+            ),
+            ("[docker]\nallowed_mounts = \"/a\"\n", ":2: docker.allowed_mounts: invalid type"),
             ("[instance]\ntenancy = []\n", ":2: instance.tenancy: must name at least one"),
             ("[instance]\ntenancy = [\"default\"]\n", ":2: instance.tenancy: unknown variant"),
             ("[signal]\nstack = \"\"\n", ":2: signal.stack: must not be empty"),

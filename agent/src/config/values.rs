@@ -54,6 +54,12 @@ checked_string!(
     check_name
 );
 
+checked_string!(
+    /// An absolute, normalised path on this host.
+    HostPath,
+    check_host_path
+);
+
 impl MountPoint {
     /// The value as a path.
     #[must_use]
@@ -282,6 +288,19 @@ fn check_mount_point(value: &str) -> Result<(), String> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "/-_.".contains(c);
     if !value.chars().all(plain) {
         return Err("may hold only letters, digits, '/', '-', '_' and '.'".into());
+    }
+    Ok(())
+}
+
+fn check_host_path(value: &str) -> Result<(), String> {
+    if !value.starts_with('/') || value.chars().any(char::is_control) {
+        return Err("must be an absolute path, such as \"/etc/localtime\"".into());
+    }
+    let odd = |part: &str| part.is_empty() || part == "." || part == "..";
+    if value != "/" && value[1..].split('/').any(odd) {
+        return Err(
+            "must be normalised: no empty part, no \".\" or \"..\", no slash at the end".into()
+        );
     }
     Ok(())
 }

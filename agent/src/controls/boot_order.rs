@@ -163,7 +163,7 @@ fn data_on_the_root_disk() -> anyhow::Result<Option<String>> {
     for (path, _) in STORAGE {
         let path = Path::new(path);
         if mounts::at(path)?.is_empty()
-            && let Storage::Used(what) = docker::storage(path)?
+            && let Storage::Used(what) = docker::storage_behind(path)?
         {
             return Ok(Some(what));
         }

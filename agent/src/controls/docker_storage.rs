@@ -10,20 +10,25 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::unit_path;
-use crate::config::{Config, Migrate};
+use crate::config::Config;
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
 use crate::gate::{self, STORAGE};
 use crate::host::beneath::{self, Hidden};
 use crate::host::block::{DevNum, Volumes};
 use crate::host::device::DataDevice;
 use crate::host::docker::{self, HeldFile, Storage};
-use crate::host::migration::{self, Found, Next, Place, Space};
+use crate::host::link::{Leads, Link};
+use crate::host::migration::{self, Found, Place, Space};
 use crate::host::mounts::{self, Mount, unit_name};
 use crate::host::systemd::{Systemd, Unit};
 use crate::host::tree::human;
-use crate::host::{blocking, files, processes};
+use crate::host::{blocking, files};
 use crate::step::Step;
 use crate::volume;
+
+mod moves;
+
+use moves::{before_moving, moves};
 
 /// See the module.
 pub struct DockerStorage;
@@ -45,6 +50,8 @@ pub struct Facts {
     pub daemons: Vec<Daemon>,
     /// `docker.socket`, which starts Docker by itself.
     pub socket: Fact<Unit>,
+    /// What there is of a Docker that is installed as a snap, if there is one.
+    pub snap: Fact<Option<String>>,
 }
 
 /// One storage directory.
@@ -139,6 +146,7 @@ impl Control for DockerStorage {
             space,
             daemons,
             socket: loaded(systemd.as_ref(), SOCKET).await,
+            snap: snap(systemd.as_ref()).await,
         }
     }
 
@@ -153,6 +161,13 @@ impl Control for DockerStorage {
                 remedy,
             ))
         };
+        if let Some(what) = facts.snap.known()? {
+            return Ok(Verdict::fail(
+                "no Docker but the one whose storage can be on the volume",
+                format!("Docker is installed as a snap: {what} ({SNAP_KEEPS})"),
+                "move what it holds away, `snap remove docker`, and install Docker from a package",
+            ));
+        }
         for directory in &facts.directories {
             if let Some(wrong) = directory.wrong_mount(number)? {
                 return fail(wrong);
@@ -204,6 +219,9 @@ impl Control for DockerStorage {
     fn plan(&self, config: &Config, facts: &Facts) -> Result<Plan, Unknown> {
         let device = facts.device.known()?;
         let number = device.number();
+        if let Some(what) = facts.snap.known()? {
+            return Ok(Plan::refuse(format!("Docker is a snap ({what}): {SNAP_KEEPS}")));
+        }
         let moves = match moves(config, facts, &device.volumes)? {
             Ok(moves) => moves,
             Err(why) => return Ok(Plan::refuse(why)),
@@ -327,40 +345,6 @@ fn mounted_device(cx: &Context, data: &DataDevice) -> anyhow::Result<Option<DevN
     Ok(mounts.last().map(|mount| mount.device).filter(|device| *device == data.number()))
 }
 
-/// What has to be known before data is moved.
-async fn before_moving(
-    cx: &Context,
-    device: Result<&DataDevice, &anyhow::Error>,
-    directories: &[Directory],
-) -> (Fact<Vec<String>>, Fact<Option<Space>>) {
-    let mut copied = Vec::new();
-    let mut moved = false;
-    if let Ok(device) = device {
-        for directory in directories {
-            let (Ok(mounts), Ok(found)) = (directory.mounts.known(), directory.data.known()) else {
-                continue;
-            };
-            let place = directory.place(&cx.config, &device.volumes);
-            match place.next(found) {
-                Next::Copy if mounts.is_empty() => copied.push(place),
-                Next::Finish if mounts.is_empty() => moved = true,
-                _ => {}
-            }
-        }
-    }
-    moved |= !copied.is_empty();
-    let containers = if moved { processes::containers() } else { Ok(Vec::new()) };
-    let space = match device.map(|device| mounted_device(cx, device)) {
-        Ok(Ok(Some(device))) if !copied.is_empty() => {
-            blocking(move || migration::space(&copied.iter().collect::<Vec<_>>(), device).map(Some))
-                .await
-        }
-        Ok(Err(e)) => Err(e),
-        _ => Ok(None),
-    };
-    (Fact::new("/proc", containers), Fact::new("statvfs", space))
-}
-
 fn measure(path: &str, first: &str) -> anyhow::Result<Hidden> {
     use std::os::fd::AsFd as _;
     let (view, name) = beneath::parent(Path::new(path))?;
@@ -376,96 +360,27 @@ fn place(config: &Config, path: &str, source: &str, volumes: &Volumes) -> Place 
     }
 }
 
-/// The data that is moved.
-#[derive(Debug, Default)]
-struct Moves {
-    /// What is moved now.
-    moved: Vec<Place>,
-    /// What is erased at the end.
-    left: Vec<Place>,
-    /// Mount units that are there before their time: between the copy and the switch they would show
-    /// Docker the copy, with the data still beneath.
-    units: Vec<PathBuf>,
-    /// Whether containers have to be stopped for it.
-    stop: bool,
-}
+/// The unit and the directory that a Docker from snapcraft.io has.
+const SNAP_UNIT: &str = "snap.docker.dockerd.service";
+const SNAP_DIRECTORY: &str = "/snap/docker";
 
-impl Moves {
-    fn removes(&self, directory: &Directory) -> bool {
-        self.units.contains(&unit_path(&unit_name(Path::new(directory.path), "mount")))
-    }
+/// Why such a Docker is refused.
+const SNAP_KEEPS: &str = "it keeps its data in /var/snap/docker on the root disk, runs without the \
+                          gate, and may not use other directories";
 
-    fn steps(&self, facts: &Facts) -> Result<Vec<Step>, Unknown> {
-        let mut steps = Vec::new();
-        if self.stop {
-            steps.push(Step::StopContainers);
-        }
-        steps.extend(self.units.iter().map(|path| Step::RemoveFile { path: path.clone() }));
-        let mut loaded = false;
-        for directory in &facts.directories {
-            loaded |= self.removes(directory) && directory.unit.known()?.exists();
-        }
-        if loaded {
-            steps.push(Step::ReloadManager);
-        }
-        steps.extend(self.moved.iter().map(|place| Step::MigrateStorage { place: place.clone() }));
-        Ok(steps)
-    }
-}
-
-/// What is to be moved, or why nothing may be: before anything stops.
-fn moves(
-    config: &Config,
-    facts: &Facts,
-    volumes: &Volumes,
-) -> Result<Result<Moves, String>, Unknown> {
-    let mut moves = Moves::default();
-    let mut copied = false;
-    for directory in &facts.directories {
-        let found = directory.data.known()?;
-        let place = directory.place(config, volumes);
-        let is_mounted = !directory.mounts.known()?.is_empty();
-        match place.next(found) {
-            Next::Refuse(why) => return Ok(Err(why)),
-            Next::Nothing if found.left.is_some() => moves.left.push(place),
-            Next::Nothing => {}
-            // What a mount hides cannot be moved: what is mounted may be in use.
-            Next::Copy | Next::Finish if is_mounted => {}
-            next => {
-                if config.docker.migrate == Migrate::Never {
-                    return Ok(Err(format!(
-                        "{} on the root disk holds data, which the mount would hide, and                          docker.migrate is \"never\"; move the data away",
-                        directory.path
-                    )));
-                }
-                copied |= next == Next::Copy;
-                if directory.unit_file.known()?.is_some() {
-                    moves.units.push(unit_path(&unit_name(Path::new(directory.path), "mount")));
-                }
-                moves.left.push(place.clone());
-                moves.moved.push(place);
-            }
-        }
-    }
-    if moves.moved.is_empty() {
-        return Ok(Ok(moves));
-    }
-    let containers = facts.containers.known()?;
-    if !containers.is_empty() && config.docker.migrate != Migrate::Running {
-        let ids: Vec<&str> = containers.iter().map(|id| id.get(..12).unwrap_or(id)).collect();
-        return Ok(Err(format!(
-            "{} would have to be moved from the root disk, and containers run ({}); stop them, or              set docker.migrate to \"running\"",
-            moves.moved[0].directory.display(),
-            ids.join(", ")
-        )));
-    }
-    moves.stop = !containers.is_empty();
-    if copied && let Some(lacks) = facts.space.known()?.as_ref().and_then(Space::lacks) {
-        return Ok(Err(format!(
-            "what Docker has on the root disk does not fit on {volumes}: {lacks}; nothing was              stopped; enlarge the volume, or remove what is not needed"
-        )));
-    }
-    Ok(Ok(moves))
+/// What there is of a Docker that is installed as a snap.
+async fn snap(systemd: Result<&&Systemd, &anyhow::Error>) -> Fact<Option<String>> {
+    let unit = loaded(systemd, SNAP_UNIT).await;
+    let result = match unit.known() {
+        Ok(unit) if unit.exists() => Ok(Some(SNAP_UNIT.to_owned())),
+        Ok(_) => match files::place(Path::new(SNAP_DIRECTORY)) {
+            Ok(files::Place::Absent) => Ok(None),
+            Ok(_) => Ok(Some(SNAP_DIRECTORY.to_owned())),
+            Err(e) => Err(e),
+        },
+        Err(Unknown(why)) => Err(anyhow::anyhow!(why)),
+    };
+    Fact::new("systemd (D-Bus), /snap", result)
 }
 
 async fn loaded(systemd: Result<&&Systemd, &anyhow::Error>, name: &str) -> Fact<Unit> {
@@ -479,6 +394,12 @@ async fn loaded(systemd: Result<&&Systemd, &anyhow::Error>, name: &str) -> Fact<
 impl Directory {
     fn place(&self, config: &Config, volumes: &Volumes) -> Place {
         place(config, self.path, self.source, volumes)
+    }
+
+    /// The link in the directory's place, if it can be replaced.
+    fn replaceable_link(&self) -> Option<&Link> {
+        let link = self.data.known().ok()?.link.as_ref()?;
+        (!matches!(link.leads, Leads::Elsewhere(_))).then_some(link)
     }
 
     /// What of Docker's data is on the root disk although the volume is mounted, and what to do.
@@ -523,6 +444,9 @@ impl Directory {
         let path = self.path;
         Ok(match &self.mounts.known()?[..] {
             [] => Some(match self.data.known() {
+                Ok(Found { link: Some(link), .. }) => {
+                    format!("{path} is a link to {}, and not on the volume by a mount", link.target)
+                }
                 Ok(Found { old: Storage::Used(what), .. }) => {
                     format!("{path} is on the root disk, and holds data ({what})")
                 }
@@ -547,7 +471,14 @@ impl Directory {
                 .wrong_mount(device)?
                 .map(|wrong| format!("{wrong}; unmount it, and see what mounts it")));
         }
-        Ok(match &self.data.known()?.old {
+        let found = self.data.known()?;
+        if let Some(Link { target, leads: Leads::Elsewhere(why) }) = &found.link {
+            return Ok(Some(format!(
+                "{path} is a link to {target}: {why}; stop Docker, move what it has there to {path} \
+                 in the place of the link, and hostagent moves it to the volume"
+            )));
+        }
+        Ok(match &found.old {
             Storage::Absent | Storage::Unused | Storage::Used(_) => None,
             Storage::Symlink(target) => {
                 Some(format!("{path} is a link to {target}; stop Docker and remove the link"))
@@ -638,358 +569,4 @@ impl Daemon {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::host::migration::Left;
-    use crate::host::tree::Usage;
-    use anyhow::anyhow;
-
-    const DATA: DevNum = DevNum { major: 259, minor: 1 };
-    const ROOT: DevNum = DevNum { major: 254, minor: 0 };
-
-    fn unit(active: &str, enabled: &str) -> Unit {
-        Unit {
-            load_state: "loaded".into(),
-            active_state: active.into(),
-            unit_file_state: enabled.into(),
-            main_pid: u32::from(active == "active") * 7,
-            requires: STORAGE.map(|(path, _)| unit_name(Path::new(path), "mount")).into(),
-            after: STORAGE.map(|(path, _)| unit_name(Path::new(path), "mount")).into(),
-            ..Unit::default()
-        }
-    }
-
-    fn held(name: &str, device: DevNum) -> HeldFile {
-        HeldFile { path: format!("/var/lib/{name}/meta.db"), device }
-    }
-
-    fn found(old: Storage) -> Found {
-        Found {
-            old,
-            old_mark: None,
-            new: Some(Storage::Absent),
-            new_mark: None,
-            incoming: false,
-            left: None,
-            others: vec![],
-        }
-    }
-
-    /// Docker with data on the root disk, and a volume that it fits on.
-    fn used() -> Facts {
-        let mut facts = fresh();
-        let data = Storage::Used("/var/lib/docker/volumes/v".into());
-        facts.directories[0].data = Fact::new("t", Ok(found(data)));
-        facts.space = space(1, 8);
-        facts
-    }
-
-    fn space(needed: u64, free: u64) -> Fact<Option<Space>> {
-        let usage = |gib: u64| Usage { bytes: gib << 30, inodes: gib * 100_000 };
-        Fact::new("t", Ok(Some(Space { needed: usage(needed), free: usage(free) })))
-    }
-
-    /// A fresh host on which Docker has started on the root disk.
-    fn fresh() -> Facts {
-        let directory = |(path, source)| Directory {
-            path,
-            source,
-            mounts: Fact::new("t", Ok(vec![])),
-            data: Fact::new("t", Ok(found(Storage::Unused))),
-            hidden: Fact::new("t", Ok(None)),
-            unit_file: Fact::new("t", Ok(None)),
-            unit: Fact::new("t", Ok(Unit { load_state: "not-found".into(), ..Unit::default() })),
-        };
-        let daemon = |name: &'static str| Daemon {
-            name,
-            unit: Fact::new("t", Ok(unit("active", "enabled"))),
-            held: Fact::new("t", Ok(Some(vec![held(name, ROOT)]))),
-        };
-        Facts {
-            device: Fact::new("t", Ok(crate::host::device::example(DATA))),
-            gate: Fact::new("t", Err(anyhow!("nothing is mounted on /data"))),
-            directories: STORAGE.map(directory).into(),
-            containers: Fact::new("t", Ok(vec![])),
-            space: Fact::new("t", Ok(None)),
-            daemons: DAEMONS.map(daemon).into(),
-            socket: Fact::new("t", Ok(unit("active", "enabled"))),
-        }
-    }
-
-    fn ready() -> Facts {
-        let mut facts = fresh();
-        facts.gate = Fact::new("t", Ok("open".into()));
-        for directory in &mut facts.directories {
-            let path = unit_path(&unit_name(Path::new(directory.path), "mount"));
-            directory.mounts = Fact::new(
-                "t",
-                Ok(vec![Mount {
-                    device: DATA,
-                    root: format!("/{}", directory.source),
-                    mount_point: directory.path.into(),
-                    fs_type: "ext4".into(),
-                    options: vec![],
-                    read_only: false,
-                }]),
-            );
-            directory.unit_file =
-                Fact::new("t", Ok(Some(directory.unit_content(&Config::default()))));
-            directory.unit = Fact::new(
-                "t",
-                Ok(Unit { fragment_path: path.display().to_string(), ..unit("active", "static") }),
-            );
-        }
-        for daemon in &mut facts.daemons {
-            daemon.held = Fact::new("t", Ok(Some(vec![held(daemon.name, DATA)])));
-        }
-        facts
-    }
-
-    fn judge(facts: &Facts) -> String {
-        match DockerStorage.judge(&Config::default(), facts) {
-            Ok(verdict) => format!("{}: {}", verdict.word(), verdict.sentence()),
-            Err(Unknown(why)) => format!("unknown: {why}"),
-        }
-    }
-
-    fn plan(facts: &Facts) -> Vec<String> {
-        match DockerStorage.plan(&Config::default(), facts) {
-            Ok(Plan::Steps(steps)) => steps.iter().map(ToString::to_string).collect(),
-            Ok(Plan::Nothing) => vec![],
-            Ok(Plan::Refuse { why } | Plan::Contain { why, .. }) => vec![format!("refuse: {why}")],
-            Err(Unknown(why)) => vec![format!("unknown: {why}")],
-        }
-    }
-
-    #[test]
-    fn a_ready_host_passes_and_needs_nothing() {
-        assert!(judge(&ready()).starts_with("pass"), "{}", judge(&ready()));
-        assert_eq!(plan(&ready()), Vec::<String>::new());
-    }
-
-    #[test]
-    fn docker_stands_still_while_its_storage_moves() {
-        assert_eq!(
-            plan(&fresh()),
-            [
-                "stop Docker and containerd",
-                "make the directory /data/docker (mode 0711)",
-                "write /etc/systemd/system/var-lib-docker.mount",
-                "make the directory /data/containerd (mode 0711)",
-                "write /etc/systemd/system/var-lib-containerd.mount",
-                "start var-lib-docker.mount",
-                "start var-lib-containerd.mount",
-                "start containerd.service",
-                "start docker.service",
-            ]
-        );
-    }
-
-    #[test]
-    fn docker_is_started_only_through_an_open_gate() {
-        let mut mounted = ready();
-        for daemon in &mut mounted.daemons {
-            daemon.unit = Fact::new("t", Ok(unit("inactive", "enabled")));
-            daemon.held = Fact::new("t", Ok(None));
-        }
-        assert_eq!(plan(&mounted), ["start containerd.service", "start docker.service"]);
-        mounted.gate = Fact::new("t", Err(anyhow!("daemon.json sets data-root")));
-        assert!(plan(&mounted)[0].starts_with("refuse: the gate is closed"));
-    }
-
-    type Break = fn(&mut Facts);
-
-    #[test]
-    fn anything_off_the_volume_fails() {
-        let cases: [(&str, Break); 10] = [
-            ("fail", |f| f.gate = Fact::new("t", Err(anyhow!("daemon.json sets data-root")))),
-            ("fail", |f| {
-                f.daemons[1].unit =
-                    Fact::new("t", Ok(Unit { after: vec![], ..unit("active", "enabled") }));
-            }),
-            ("fail", |f| f.directories[0].mounts = Fact::new("t", Ok(vec![]))),
-            ("fail", |f| f.directories[1].mounts = Fact::new("t", Ok(vec![]))),
-            ("fail", |f| f.daemons[0].held = Fact::new("t", Ok(Some(vec![held("x", ROOT)])))),
-            ("fail", |f| {
-                f.daemons[1].held =
-                    Fact::new("t", Ok(Some(vec![held("x", DATA), held("y", ROOT)])));
-            }),
-            ("fail", |f| f.daemons[1].unit = Fact::new("t", Ok(unit("failed", "enabled")))),
-            ("fail", |f| f.directories[0].unit_file = Fact::new("t", Ok(None))),
-            ("unknown", |f| f.daemons[0].held = Fact::new("t", Ok(Some(vec![])))),
-            ("unknown", |f| f.daemons[1].held = Fact::new("t", Err(anyhow!("EACCES")))),
-        ];
-        for (i, (expected, break_it)) in cases.into_iter().enumerate() {
-            let mut facts = ready();
-            break_it(&mut facts);
-            assert!(judge(&facts).starts_with(expected), "case {i}: {}", judge(&facts));
-        }
-    }
-
-    #[test]
-    fn a_daemon_that_started_before_the_mount_is_restarted() {
-        let mut facts = ready();
-        facts.daemons[1].held = Fact::new("t", Ok(Some(vec![held("docker", ROOT)])));
-        let steps = plan(&facts);
-        assert_eq!(steps.first().map(String::as_str), Some("stop Docker and containerd"));
-        assert_eq!(steps.last().map(String::as_str), Some("start docker.service"));
-    }
-
-    #[test]
-    fn a_daemon_that_is_told_to_write_elsewhere_is_stopped_and_not_started() {
-        let mut facts = ready();
-        let file = HeldFile { path: "/mnt/x/volumes/metadata.db".into(), device: ROOT };
-        facts.daemons[1].held = Fact::new("t", Ok(Some(vec![held("docker", DATA), file])));
-        assert!(judge(&facts).starts_with("fail"));
-        let plan = DockerStorage.plan(&Config::default(), &facts).unwrap();
-        assert!(matches!(plan, Plan::Contain { steps, .. } if steps == [Step::StopDocker]));
-    }
-
-    #[test]
-    fn somebodys_data_is_never_hidden() {
-        for storage in [Storage::Symlink("/data/docker".into()), Storage::NotADirectory] {
-            let mut facts = fresh();
-            facts.directories[0].data = Fact::new("t", Ok(found(storage)));
-            assert!(plan(&facts)[0].starts_with("refuse"), "{:?}", plan(&facts));
-        }
-        let mut facts = fresh();
-        facts.directories[0].data = Fact::new("t", Err(anyhow!("EIO")));
-        assert!(plan(&facts)[0].starts_with("unknown"));
-    }
-
-    #[test]
-    fn data_is_moved_before_anything_is_mounted_and_erased_after_docker_has_come_up() {
-        assert!(judge(&used()).starts_with("fail: /var/lib/docker is on the root disk, and holds"));
-        assert_eq!(
-            plan(&used()),
-            [
-                "stop Docker and containerd",
-                "move the data of /var/lib/docker to /data/docker on vol-0123456789abcdef0",
-                "write /etc/systemd/system/var-lib-docker.mount",
-                "make the directory /data/containerd (mode 0711)",
-                "write /etc/systemd/system/var-lib-containerd.mount",
-                "start var-lib-docker.mount",
-                "start var-lib-containerd.mount",
-                "start containerd.service",
-                "start docker.service",
-                "overwrite and remove the old copy \
-                 /var/lib/.hostagent-migrated-docker-vol-0123456789abcdef0",
-            ]
-        );
-        // A unit from before would mount an unfinished copy at the next boot.
-        let mut facts = used();
-        let content = facts.directories[0].unit_content(&Config::default());
-        facts.directories[0].unit_file = Fact::new("t", Ok(Some(content)));
-        facts.directories[0].unit = Fact::new("t", Ok(unit("inactive", "static")));
-        let steps = plan(&facts);
-        let at = |text: &str| steps.iter().position(|step| step.contains(text));
-        let remove = at("remove /etc/systemd/system/var-lib-docker.mount");
-        assert!(remove.is_some() && remove < at("move the data"), "{steps:?}");
-        assert!(at("move the data") < at("write /etc/systemd/system/var-lib-docker"), "{steps:?}");
-    }
-
-    #[test]
-    fn what_cannot_be_moved_is_refused_before_anything_stops() {
-        let cases: [(&str, Break); 5] = [
-            ("containers run (0123456789ab)", |f| {
-                f.containers = Fact::new("t", Ok(vec!["0123456789abcdef".into()]));
-            }),
-            ("does not fit on vol-", |f| f.space = space(8, 8)),
-            ("and so does /data/docker", |f| {
-                let mut found = f.directories[0].data.known().unwrap().clone();
-                found.new = Some(Storage::Used("/data/docker/volumes/v".into()));
-                f.directories[0].data = Fact::new("t", Ok(found));
-            }),
-            ("EIO", |f| f.containers = Fact::new("t", Err(anyhow!("EIO")))),
-            ("EIO", |f| f.space = Fact::new("t", Err(anyhow!("EIO")))),
-        ];
-        for (expected, break_it) in cases {
-            let mut facts = used();
-            break_it(&mut facts);
-            let steps = plan(&facts);
-            assert!(steps.len() == 1 && steps[0].contains(expected), "{expected}: {steps:?}");
-            assert!(!steps[0].starts_with("stop"), "{steps:?}");
-        }
-        let never = config(Migrate::Never);
-        let refusal = DockerStorage.plan(&never, &used());
-        assert!(matches!(refusal, Ok(Plan::Refuse { .. })), "{refusal:?}");
-    }
-
-    fn config(migrate: Migrate) -> Config {
-        Config { docker: crate::config::Docker { migrate }, ..Config::default() }
-    }
-
-    #[test]
-    fn containers_are_stopped_where_that_is_wanted() {
-        let mut facts = used();
-        facts.containers = Fact::new("t", Ok(vec!["0123456789abcdef".into()]));
-        let Ok(Plan::Steps(steps)) = DockerStorage.plan(&config(Migrate::Running), &facts) else {
-            panic!()
-        };
-        assert_eq!(steps[..2], [Step::StopDocker, Step::StopContainers]);
-        assert!(matches!(steps[2], Step::MigrateStorage { .. }));
-    }
-
-    #[test]
-    fn what_is_left_on_the_root_disk_fails() {
-        let left = |mark: &str| {
-            let path = "/var/lib/.hostagent-migrated-docker-vol-0123456789abcdef0".into();
-            let mut found = found(Storage::Absent);
-            found.new = Some(Storage::Used("/data/docker/volumes/v".into()));
-            found.new_mark = Some("m".into());
-            found.left = Some(Left { path, mark: Some(mark.into()) });
-            found
-        };
-        let mut facts = ready();
-        facts.directories[0].data = Fact::new("t", Ok(left("m")));
-        assert!(judge(&facts).starts_with("fail: the old copy of /var/lib/docker is still"));
-        let steps = plan(&facts);
-        assert!(steps.len() == 1 && steps[0].starts_with("overwrite and remove"), "{steps:?}");
-        // Not proven to be a copy: not erased.
-        facts.directories[0].data = Fact::new("t", Ok(left("n")));
-        assert!(judge(&facts).starts_with("fail"), "{}", judge(&facts));
-        assert!(plan(&facts)[0].starts_with("refuse"), "{:?}", plan(&facts));
-
-        let mut facts = ready();
-        let mut other = found(Storage::Absent);
-        other.others = vec!["/var/lib/.hostagent-migrated-docker-vol-0ffffffff".into()];
-        facts.directories[0].data = Fact::new("t", Ok(other));
-        assert!(judge(&facts).contains("another volume"), "{}", judge(&facts));
-        assert!(plan(&facts)[0].starts_with("refuse"), "{:?}", plan(&facts));
-    }
-
-    #[test]
-    fn data_beneath_a_mount_fails_and_is_not_touched() {
-        let mut facts = ready();
-        let first = "/var/lib/docker/volumes/v";
-        facts.directories[0].data = Fact::new("t", Ok(found(Storage::Used(first.into()))));
-        let usage = Usage { bytes: 3 << 20, inodes: 7 };
-        facts.directories[0].hidden =
-            Fact::new("t", Ok(Some(Hidden { path: first.into(), usage })));
-        assert_eq!(
-            judge(&facts),
-            "fail: beneath the mount on /var/lib/docker the root disk holds data: \
-             /var/lib/docker/volumes/v and more, 3.0 MiB in 7 files"
-        );
-        assert!(plan(&facts)[0].starts_with("refuse: beneath"), "{:?}", plan(&facts));
-        facts.directories[0].data = Fact::new("t", Err(anyhow!("EPERM")));
-        assert!(judge(&facts).starts_with("unknown"), "what cannot be looked at is not empty");
-    }
-
-    #[test]
-    fn docker_that_is_not_installed_needs_only_its_place() {
-        let mut facts = ready();
-        for daemon in &mut facts.daemons {
-            daemon.unit = Fact::new(
-                "t",
-                Ok(Unit {
-                    load_state: "not-found".into(),
-                    active_state: "inactive".into(),
-                    ..Unit::default()
-                }),
-            );
-            daemon.held = Fact::new("t", Ok(None));
-        }
-        assert!(judge(&facts).starts_with("pass"), "{}", judge(&facts));
-    }
-}
+mod tests;

@@ -2,6 +2,7 @@
 //! opens no file and starts no program by itself. Their order is [`crate::control::REGISTRY`].
 
 pub mod boot_order;
+pub mod container_storage;
 pub mod core_dumps;
 pub mod data_filesystem;
 pub mod data_mount;

@@ -9,7 +9,6 @@ use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
 use super::block::DevNum;
-use super::files;
 
 /// What a storage directory holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +54,20 @@ const NAMED_BY_USERS: [&str; 2] = ["volumes/*", "containers/*"];
 /// Looks at a storage directory without following a link in its place.
 pub fn storage(path: &Path) -> Result<Storage> {
     storage_at(path, path)
+}
+
+/// The same for what a link in its place leads to, if that is a link.
+pub fn storage_behind(path: &Path) -> Result<Storage> {
+    match fs::canonicalize(path) {
+        Ok(real) => storage(&real),
+        Err(e) if e.kind() == ErrorKind::NotFound || is_circle(&e) => storage(path),
+        Err(e) => Err(e).with_context(|| format!("looking at {}", path.display())),
+    }
+}
+
+/// Whether links lead in a circle.
+pub(super) fn is_circle(e: &std::io::Error) -> bool {
+    e.raw_os_error() == Some(nix::libc::ELOOP)
 }
 
 /// The same for a directory that is reached at `path` and is `shown` in the answer.
@@ -122,35 +135,6 @@ fn matches(pattern: &str, path: &str) -> bool {
             }
             None => *pattern == part,
         })
-}
-
-/// Where the daemons' configuration files move their storage away from the default, if they do.
-/// Flags on a command line are not seen here, but in what the running daemon holds open.
-pub fn moved_by_configuration() -> Result<Option<String>> {
-    let docker = "/etc/docker/daemon.json";
-    if let Some(text) = files::read_optional(Path::new(docker))? {
-        let json: serde_json::Value = match text.trim() {
-            "" => serde_json::Value::Null,
-            text => serde_json::from_str(text).with_context(|| format!("reading {docker}"))?,
-        };
-        for key in ["data-root", "graph"] {
-            if let Some(root) = json.get(key)
-                && root != "/var/lib/docker"
-            {
-                return Ok(Some(format!("{docker} sets \"{key}\" to {root}")));
-            }
-        }
-    }
-    let containerd = "/etc/containerd/config.toml";
-    if let Some(text) = files::read_optional(Path::new(containerd))? {
-        let table: toml::Table = text.parse().with_context(|| format!("reading {containerd}"))?;
-        if let Some(root) = table.get("root").and_then(|root| root.as_str())
-            && !matches!(root, "" | "/var/lib/containerd")
-        {
-            return Ok(Some(format!("{containerd} sets root to {root:?}")));
-        }
-    }
-    Ok(None)
 }
 
 /// A file that a process holds open for writing, on a filesystem with a block device.

@@ -26,6 +26,10 @@
 //! | data | any | there | Docker wrote to the root disk again | refused, all named |
 //! | none, or unused | any | – | nothing to move | nothing |
 //!
+//! A link in the place of *old* ([`super::link`]) is looked through: what it leads to on the same
+//! filesystem counts as *old*, takes the link's place first, and is then moved like any other. A link to
+//! *new* stands for no *old*.
+//!
 //! "Unused" is what [`docker::storage`] says: nothing but what a daemon writes at its first start.
 //! Docker cannot start meanwhile: the gate wants the mounts, and their units are not there before the
 //! switch. That nothing of it runs, and nothing is mounted below *old*, is seen to by who calls.
@@ -49,6 +53,7 @@ use tracing::{info, warn};
 use super::beneath;
 use super::block::{DevNum, Volumes};
 use super::docker::{self, Storage};
+use super::link::{self, Leads, Link};
 use super::tree::{self, MARK, Progress, Usage, human};
 
 /// How the name of an old copy begins.
@@ -71,8 +76,11 @@ pub struct Place {
 /// What is on the disks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Found {
-    /// What the directory on the root disk holds, beneath whatever is mounted on it.
+    /// What the directory on the root disk holds, beneath whatever is mounted on it; or the directory
+    /// that a link in its place leads to.
     pub old: Storage,
+    /// That link.
+    pub link: Option<Link>,
     /// Its mark.
     pub old_mark: Option<String>,
     /// What the directory on the volume holds; none while the volume is not mounted.
@@ -195,10 +203,20 @@ fn look_in(
     name: &CStr,
     device: Option<DevNum>,
 ) -> Result<Found> {
-    let old = docker::storage_at(&beneath::through(above, name), &place.directory)?;
+    let mut old = docker::storage_at(&beneath::through(above, name), &place.directory)?;
     let old_mark = if is_dir(&old) { mark_of(above, name)? } else { None };
+    let mut link = None;
+    if let Storage::Symlink(_) = old {
+        link = link::look(place, device)?;
+        match link.as_ref().map(|link| &link.leads) {
+            Some(Leads::Home) => old = Storage::Absent,
+            Some(Leads::Beside(real)) => old = docker::storage(real)?,
+            Some(Leads::Elsewhere(_)) | None => {}
+        }
+    }
     let mut found = Found {
         old,
+        link,
         old_mark,
         new: None,
         new_mark: None,
@@ -343,9 +361,11 @@ pub fn space(places: &[&Place], device: DevNum) -> Result<Space> {
     }
     space.needed = Usage::default();
     for place in places {
-        let old = open_parent(&place.directory)?;
-        let dir = tree::open_dir(old.as_fd(), &place.name()?)
-            .with_context(|| format!("opening {}", place.directory.display()))?;
+        let path = place.directory.canonicalize();
+        let path = path.with_context(|| format!("opening {}", place.directory.display()))?;
+        let old = open_parent(&path)?;
+        let dir = tree::open_dir(old.as_fd(), &name_of(&path)?)
+            .with_context(|| format!("opening {}", path.display()))?;
         space.needed = space.needed.plus(tree::measure(dir, &progress)?);
     }
     Ok(space)

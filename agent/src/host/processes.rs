@@ -31,6 +31,43 @@ struct Contained {
     container: String,
 }
 
+/// A process in a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// Its number.
+    pub pid: i32,
+    /// The container's id.
+    pub container: String,
+    /// The process that holds the container, if it is known: it sees the container's files from
+    /// outside.
+    pub shim: Option<i32>,
+}
+
+/// The processes in containers, without those that hold the containers.
+pub fn members() -> Result<Vec<Member>> {
+    Ok(members_among(&contained()?))
+}
+
+fn members_among(all: &[Contained]) -> Vec<Member> {
+    let by_pid: BTreeMap<i32, &Contained> = all.iter().map(|p| (p.pid, p)).collect();
+    // As many steps as there are processes: the parents may have changed while they were read.
+    let shim_of = |process: &Contained| {
+        let mut at = process.parent;
+        for _ in all {
+            let above = by_pid.get(&at)?;
+            if above.is_shim {
+                return Some(above.pid);
+            }
+            at = above.parent;
+        }
+        None
+    };
+    let inside = all.iter().filter(|process| !process.is_shim);
+    inside
+        .map(|p| Member { pid: p.pid, container: p.container.clone(), shim: shim_of(p) })
+        .collect()
+}
+
 /// The ids of the containers that run, paused and just created ones too.
 pub fn containers() -> Result<Vec<String>> {
     let ids: BTreeSet<String> = contained()?.into_iter().map(|p| p.container).collect();
@@ -92,20 +129,36 @@ fn contained() -> Result<Vec<Contained>> {
     for pid in pids()? {
         found.extend(look(pid)?);
     }
-    // What a shim started is a container's, whatever its control group is called.
-    let shims: BTreeMap<i32, String> =
-        found.iter().filter(|p| p.is_shim).map(|p| (p.pid, p.container.clone())).collect();
+    let mut others = Vec::new();
     for pid in pids()? {
-        if found.iter().any(|p| p.pid == pid) {
-            continue;
-        }
-        let Some(parent) = parent_of(pid)? else { continue };
-        if let Some(container) = shims.get(&parent) {
-            let container = container.clone();
-            found.push(Contained { pid, parent, is_shim: false, container });
+        if !found.iter().any(|process| process.pid == pid)
+            && let Some(parent) = parent_of(pid)?
+        {
+            others.push((pid, parent));
         }
     }
+    add_descendants(&mut found, others);
     Ok(found)
+}
+
+/// Adds those of the other processes (with their parents) that descend from a container's. What a shim
+/// started is a container's, with all that this started, whatever its control group is called: a shim
+/// adopts the orphans below it (containerd's runtime v2 sets `PR_SET_CHILD_SUBREAPER`).
+fn add_descendants(found: &mut Vec<Contained>, mut others: Vec<(i32, i32)>) {
+    let mut held: BTreeMap<i32, String> =
+        found.iter().map(|p| (p.pid, p.container.clone())).collect();
+    loop {
+        let before = others.len();
+        others.retain(|&(pid, parent)| {
+            let Some(container) = held.get(&parent).cloned() else { return true };
+            held.insert(pid, container.clone());
+            found.push(Contained { pid, parent, is_shim: false, container });
+            false
+        });
+        if others.len() == before {
+            return;
+        }
+    }
 }
 
 fn look(pid: i32) -> Result<Option<Contained>> {
@@ -180,7 +233,7 @@ fn pids() -> Result<Vec<i32>> {
 }
 
 /// What was read of a process; none if the process is gone.
-fn gone<T>(result: std::io::Result<T>, pid: i32) -> Result<Option<T>> {
+pub(super) fn gone<T>(result: std::io::Result<T>, pid: i32) -> Result<Option<T>> {
     let no_process = nix::libc::ESRCH;
     match result {
         Ok(value) => Ok(Some(value)),
@@ -326,6 +379,39 @@ mod tests {
         let line = format!("/usr/bin/containerd-shim-runc-v2\0-namespace\0moby\0-id\0{ID}\0");
         assert_eq!(shim_id(line.as_bytes()).as_deref(), Some(ID));
         assert_eq!(shim_id(b"containerd-shim\0"), None);
+    }
+
+    #[test]
+    fn whoever_descends_from_a_shim_is_in_its_container() {
+        let process = |pid, parent, is_shim, container: &str| Contained {
+            pid,
+            parent,
+            is_shim,
+            container: container.into(),
+        };
+        let all = [
+            process(10, 1, true, "a"),
+            process(11, 10, false, "a"),
+            process(12, 11, false, "a"),
+            // A daemon inside of the container has one of its own.
+            process(20, 12, true, "b"),
+            process(21, 20, false, "b"),
+            // By its control group alone; and two that name each other.
+            process(30, 1, false, "c"),
+            process(40, 41, false, "d"),
+            process(41, 40, false, "d"),
+        ];
+        let seen: Vec<_> = members_among(&all).iter().map(|m| (m.pid, m.shim)).collect();
+        let expected =
+            [(11, Some(10)), (12, Some(10)), (21, Some(20)), (30, None), (40, None), (41, None)];
+        assert_eq!(seen, expected);
+
+        // Whatever the order in which they are listed.
+        let mut all = vec![process(10, 1, true, "a")];
+        add_descendants(&mut all, vec![(13, 12), (12, 11), (5, 1), (11, 10), (14, 99)]);
+        let mut pids: Vec<_> = all.iter().map(|p| (p.pid, p.container.as_str())).collect();
+        pids.sort_unstable();
+        assert_eq!(pids, [(10, "a"), (11, "a"), (12, "a"), (13, "a")]);
     }
 
     #[test]

@@ -194,6 +194,69 @@ pub(super) fn interrupted(stage: &mut Stage) -> Result<()> {
     expect_moved(stage.guest()?, &truth)
 }
 
+/// Stops Docker, and starts it by hand: neither the gate nor the drop-ins are in its way.
+const BY_HAND: &str = "systemctl stop docker.socket docker.service containerd.service && \
+    mkdir -p /srv/store && mv /var/lib/docker /srv/store/docker && \
+    ln -s /srv/store/docker /var/lib/docker && \
+    systemd-run --quiet --unit by-hand dockerd -H unix:///run/docker.sock";
+
+pub(super) fn linked(stage: &mut Stage) -> Result<()> {
+    host::await_signals(stage)?;
+    let guest = stage.guest()?;
+    // The old recipe. Docker writes down where the link leads.
+    guest.sh(BY_HAND)?;
+    guest.until("docker info >/dev/null 2>&1", Duration::from_secs(60))?;
+    let canary = fill(guest)?;
+    let root = guest.sh("docker info -f '{{.DockerRootDir}}'")?;
+    ensure!(root.trim() == "/srv/store/docker", "Docker's root directory is {root}");
+    let truth = guest.sh(TRUTH)?;
+    guest.sh("systemctl stop by-hand.service && sync")?;
+    let path = stage.attach(&host::volume(), host::DEVICE)?;
+    host::provision(stage.guest()?, RUN)?;
+    host::expect_ready(stage)?;
+    host::expect_signals(stage, &["SUCCESS"], &["CONTINUE"])?;
+    let guest = stage.guest()?;
+    expect_moved(guest, &truth)?;
+    guest.sh("! ls -A /srv/store | grep -q . && ! test -L /var/lib/docker")?;
+    guest.sh("sync; echo 3 >/proc/sys/vm/drop_caches")?;
+    ensure!(disk::contains(&path, canary.as_bytes())?, "the canary is not on the data disk");
+    ensure!(
+        !disk::contains(&stage.root_disk(), canary.as_bytes())?,
+        "the canary is still on the root disk"
+    );
+
+    // A link to where hostagent keeps it.
+    let guest = stage.guest()?;
+    let down = "systemctl stop docker.socket docker.service containerd.service && \
+                systemctl stop var-lib-docker.mount";
+    guest.sh(&format!("{down} && rmdir /var/lib/docker && ln -s /data/docker /var/lib/docker"))?;
+    let plan = host::hostagent(guest, "plan")?;
+    ensure!(plan.stdout.contains("make /var/lib/docker a directory instead of a link"), "{plan:?}");
+    host::provision(guest, RUN)?;
+    host::expect_ready(stage)?;
+    let guest = stage.guest()?;
+    guest.sh("! test -L /var/lib/docker")?;
+    expect_moved(guest, &truth)?;
+
+    // A link to another disk is left as it is, and so is what is there.
+    guest.sh(&format!(
+        "{down} && rmdir /var/lib/docker && mkdir -p /run/disk/docker/volumes/v && \
+         ln -s /run/disk/docker /var/lib/docker"
+    ))?;
+    host::provision(guest, RUN)?;
+    host::expect_not_ready(stage, &[("docker-storage", "fail")])?;
+    let guest = stage.guest()?;
+    guest
+        .sh("journalctl -b -u hostagent.service -o cat | grep -q 'is a link to /run/disk/docker: /run/disk/docker is on another mount'")
+        .context("not said why")?;
+    guest.sh(
+        "test -L /var/lib/docker && test -d /run/disk/docker/volumes/v && rm /var/lib/docker",
+    )?;
+    host::provision(guest, RUN)?;
+    host::expect_ready(stage)?;
+    expect_moved(stage.guest()?, &truth)
+}
+
 pub(super) fn hidden(stage: &mut Stage) -> Result<()> {
     stage.attach(&host::volume(), host::DEVICE)?;
     let guest = stage.guest()?;

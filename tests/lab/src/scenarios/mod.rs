@@ -1,6 +1,7 @@
 //! The scenarios, in one explicit list. Each shows one thing on an instance of its own.
 
 mod boot;
+mod containers;
 mod destroy;
 mod faults;
 mod foreign;
@@ -169,6 +170,11 @@ pub const ALL: &[Scenario] = &[
         migration::interrupted,
     ),
     installed(
+        "linked",
+        "a link in the place of Docker's storage gives way to a directory, and nothing is lost",
+        migration::linked,
+    ),
+    installed(
         "hidden-data",
         "data beneath the mounts is found, named and left alone",
         migration::hidden,
@@ -211,8 +217,24 @@ pub const ALL: &[Scenario] = &[
     installed("impostor", "another server on sshd's port is not taken for sshd", refused::impostor),
     installed(
         "data-root",
-        "Docker that is told to keep its data elsewhere does not start",
+        "Docker that is told to keep its data elsewhere starts only if that is on the volume",
         refused::data_root,
+    ),
+    installed("snap", "Docker as a snap is recognised, and refused", refused::snap),
+    installed(
+        "containers",
+        "a container with a directory of another disk is named, and the host not ready",
+        containers::containers,
+    ),
+    installed(
+        "image-store",
+        "the same where containerd keeps layers, and for containers that are not Docker's",
+        containers::image_store,
+    ),
+    installed(
+        "hung-docker",
+        "a Docker that hangs is unknown in time, and what containers write to is seen all the same",
+        containers::hung,
     ),
     installed(
         "silent-metadata",

@@ -241,6 +241,19 @@ pub(super) fn data_root(stage: &mut Stage) -> Result<()> {
     // The operator's file is left as it is.
     guest.sh("grep -q /srv/docker /etc/docker/daemon.json")?;
 
+    // Elsewhere on the volume is on the volume, also through a link, and before it is there.
+    guest.sh("ln -s /data /srv/link && \
+         echo '{\"data-root\": \"/srv/link/mine/docker\"}' > /etc/docker/daemon.json")?;
+    host::provision(stage.guest()?, RUN)?;
+    host::expect_ready(stage)?;
+    let guest = stage.guest()?;
+    guest.sh("test -d /data/mine/docker/overlay2")?;
+    let root = guest.sh("docker info -f '{{.DockerRootDir}}'")?;
+    ensure!(root.trim() == "/data/mine/docker", "Docker's root directory is {root}");
+    // Where the link leads is what counts at the next start.
+    guest.sh("ln -sfn /srv/other /srv/link && mkdir /srv/other && ! hostagent gate")?;
+    guest.sh("! systemctl restart docker.service && ! test -e /srv/other/mine")?;
+
     guest.sh("rm /etc/docker/daemon.json")?;
     host::provision(stage.guest()?, RUN)?;
     host::expect_ready(stage)?;
@@ -260,6 +273,28 @@ pub(super) fn data_root(stage: &mut Stage) -> Result<()> {
     guest.sh("! test -e /run/hostagent/ready && ! systemctl is-active --quiet hostagent-ready.target")
         .context("the host is still called ready")
         .map(drop)
+}
+
+pub(super) fn snap(stage: &mut Stage) -> Result<()> {
+    host::await_signals(stage)?;
+    stage.attach(&host::volume(), host::DEVICE)?;
+    let guest = stage.guest()?;
+    // As far as anybody can see, for no snap can be had here.
+    let unit = "/etc/systemd/system/snap.docker.dockerd.service";
+    guest.sh(&format!(
+        "printf '[Service]\\nExecStart=/bin/sleep infinity\\n' > {unit} && systemctl daemon-reload"
+    ))?;
+    refuses(stage, &[("docker-storage", "fail")])?;
+    let guest = stage.guest()?;
+    guest
+        .sh("journalctl -b -u hostagent.service -o cat | grep -q 'refused: Docker is a snap (snap.docker'")
+        .context("not said why")?;
+    guest.sh(&format!("rm {unit} && systemctl daemon-reload && mkdir -p /snap/docker/current"))?;
+    let (_, report) = host::verify(guest)?;
+    ensure!(report.to_string().contains("installed as a snap: /snap/docker"), "{report:#}");
+    guest.sh("rm -r /snap")?;
+    host::provision(guest, RUN)?;
+    host::expect_ready(stage)
 }
 
 pub(super) fn silent_metadata(stage: &mut Stage) -> Result<()> {

@@ -1,0 +1,174 @@
+//! Docker's own account of itself, by its Engine API over the unix socket (docs.docker.com, Engine
+//! API, `GET /info`). Every question has a deadline: a daemon that hangs does not answer, and that is
+//! all that comes of it.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use http_body_util::{BodyExt as _, Empty, Limited};
+use hyper::body::Bytes;
+use hyper_util::rt::TokioIo;
+use serde::{Deserialize, Serialize};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+/// Where Docker listens. To connect starts a Docker that does not run, by its socket unit: ask only
+/// one that runs.
+const SOCKET: &str = "/run/docker.sock";
+
+/// How long an answer may take.
+const DEADLINE: Duration = Duration::from_secs(5);
+
+/// How long an answer may be.
+const LONGEST: usize = 4 << 20;
+
+/// What the daemon says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Account {
+    /// Its version.
+    pub version: String,
+    /// Its root directory.
+    pub root: String,
+    /// The graph driver, or the snapshotter, that keeps images and containers' layers.
+    pub driver: String,
+    /// Whether these are containerd's (the "containerd image store"): then they are in containerd's
+    /// root directory, and not in Docker's.
+    pub in_containerd: bool,
+}
+
+/// The part of `GET /info` that matters (moby, api/types/system/info.go).
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Info {
+    server_version: String,
+    docker_root_dir: String,
+    driver: String,
+    #[serde(default)]
+    driver_status: Option<Vec<(String, String)>>,
+}
+
+/// Asks the daemon that runs.
+pub async fn account() -> Result<Account> {
+    read(&get(Path::new(SOCKET), "/info", DEADLINE).await?)
+}
+
+fn read(answer: &[u8]) -> Result<Account> {
+    let info: Info =
+        serde_json::from_slice(answer).context("reading what Docker says of itself")?;
+    ensure!(
+        info.docker_root_dir.starts_with('/') && !info.driver.is_empty(),
+        "Docker does not say where it keeps what: root directory {:?}, driver {:?}",
+        info.docker_root_dir,
+        info.driver
+    );
+    // Only the containerd image store says what kind of driver it has (moby, daemon/containerd).
+    let kind = info.driver_status.iter().flatten().find(|(name, _)| name == "driver-type");
+    Ok(Account {
+        version: info.server_version,
+        root: info.docker_root_dir,
+        driver: info.driver,
+        in_containerd: kind.is_some_and(|(_, kind)| kind.starts_with("io.containerd.snapshotter")),
+    })
+}
+
+async fn get(socket: &Path, path: &str, deadline: Duration) -> Result<Bytes> {
+    let doing = || format!("asking Docker for {path} at {}", socket.display());
+    match timeout(deadline, exchange(socket, path)).await {
+        Ok(answer) => answer.with_context(doing),
+        Err(_) => bail!("Docker gives no answer to {path} within {deadline:?}"),
+    }
+}
+
+async fn exchange(socket: &Path, path: &str) -> Result<Bytes> {
+    let stream = UnixStream::connect(socket).await.context("connecting")?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.context("connecting")?;
+    let answer = async move {
+        let request = hyper::Request::get(path)
+            .header(hyper::header::HOST, "docker")
+            .body(Empty::<Bytes>::new())?;
+        let response = sender.send_request(request).await?;
+        let status = response.status();
+        ensure!(status == hyper::StatusCode::OK, "it answers with the status {status}");
+        match Limited::new(response.into_body(), LONGEST).collect().await {
+            Ok(body) => Ok(body.to_bytes()),
+            Err(e) => bail!("reading the answer: {e}"),
+        }
+    };
+    // The connection ends when the one who sends is done.
+    let (answer, _) = tokio::join!(answer, connection);
+    answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn both_layouts_are_told_apart() {
+        // As Docker 26.1 answers, shortened.
+        let overlay2 = br#"{"ID":"x","Containers":1,"Driver":"overlay2","DriverStatus":[["Backing Filesystem","extfs"],["Supports d_type","true"]],"DockerRootDir":"/var/lib/docker","ServerVersion":"26.1.5+dfsg1"}"#;
+        let expected = Account {
+            version: "26.1.5+dfsg1".into(),
+            root: "/var/lib/docker".into(),
+            driver: "overlay2".into(),
+            in_containerd: false,
+        };
+        assert_eq!(read(overlay2).unwrap(), expected);
+        let snapshotter = br#"{"Driver":"overlayfs","DriverStatus":[["driver-type","io.containerd.snapshotter.v1"]],"DockerRootDir":"/var/lib/docker","ServerVersion":"29.1.3"}"#;
+        assert!(read(snapshotter).unwrap().in_containerd);
+        let null =
+            br#"{"Driver":"vfs","DriverStatus":null,"DockerRootDir":"/d","ServerVersion":"20.10"}"#;
+        assert!(!read(null).unwrap().in_containerd);
+        for bad in [
+            &b"{}"[..],
+            b"",
+            b"null",
+            br#"{"Driver":"","DockerRootDir":"/d","ServerVersion":"1"}"#,
+            br#"{"Driver":"overlay2","DockerRootDir":"","ServerVersion":"1"}"#,
+        ] {
+            assert!(read(bad).is_err(), "{}", String::from_utf8_lossy(bad));
+        }
+    }
+
+    /// A server that answers one request with this, or never with none.
+    fn serve(answer: Option<&'static str>) -> (tempfile::TempDir, std::path::PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut request = [0; 1024];
+            let _ = stream.read(&mut request);
+            match answer {
+                Some(answer) => stream.write_all(answer.as_bytes()).unwrap(),
+                None => std::thread::sleep(Duration::from_secs(30)),
+            }
+        });
+        (dir, path)
+    }
+
+    fn ask(path: &Path) -> Result<Bytes> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(get(path, "/info", Duration::from_millis(300)))
+    }
+
+    #[test]
+    fn an_answer_is_read_and_a_daemon_that_hangs_is_given_up() {
+        let (_dir, path) = serve(Some("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"));
+        assert_eq!(&ask(&path).unwrap()[..], b"{}");
+        let (_dir, path) = serve(Some("HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n"));
+        assert!(format!("{:#}", ask(&path).unwrap_err()).contains("status 500"));
+        let (_dir, path) = serve(Some("nonsense\r\n\r\n"));
+        assert!(ask(&path).is_err());
+        let (_dir, path) = serve(None);
+        let begun = std::time::Instant::now();
+        let error = format!("{:#}", ask(&path).unwrap_err());
+        assert!(error.contains("no answer to /info within 300ms"), "{error}");
+        assert!(begun.elapsed() < Duration::from_secs(5));
+        assert!(ask(Path::new("/no/such/socket")).is_err());
+    }
+}
