@@ -108,11 +108,16 @@ pub fn settle(vm: &mut Vm) -> Result<()> {
 /// and free memory is overwritten with zeros, which take no space.
 fn slim(vm: &mut Vm) -> Result<()> {
     vm.guest
-        .sh("set -e; sync; echo 3 >/proc/sys/vm/drop_caches
-             free=$(awk '/^MemFree/{print $2}' /proc/meminfo)
-             mount -t tmpfs -o size=100% none /mnt
-             head -c $((free - 100000))k /dev/zero >/mnt/zeros
-             umount /mnt")
+        .succeed(
+            &Script::new(
+                "set -e; sync; echo 3 >/proc/sys/vm/drop_caches
+                 free=$(awk '/^MemFree/{print $2}' /proc/meminfo)
+                 mount -t tmpfs -o size=100% none /mnt
+                 head -c $((free - 100000))k /dev/zero >/mnt/zeros
+                 umount /mnt",
+            )
+            .deadline(Duration::from_mins(4)),
+        )
         .map(drop)
 }
 
