@@ -248,7 +248,8 @@ pub(super) fn data_root(stage: &mut Stage) -> Result<()> {
     host::expect_ready(stage)?;
     let guest = stage.guest()?;
     guest.sh("test -d /data/mine/docker/overlay2")?;
-    let root = guest.sh("docker info -f '{{.DockerRootDir}}'")?;
+    // As it was told at the first start, and without links later.
+    let root = guest.sh("readlink -f $(docker info -f '{{.DockerRootDir}}')")?;
     ensure!(root.trim() == "/data/mine/docker", "Docker's root directory is {root}");
     // Where the link leads is what counts at the next start.
     guest.sh("ln -sfn /srv/other /srv/link && mkdir /srv/other && ! hostagent gate")?;
