@@ -183,9 +183,9 @@ impl Host {
     /// The path of a directory of a filesystem, if the filesystem is mounted on the host.
     fn path_of(&self, device: DevNum, root: &Path) -> Option<PathBuf> {
         let shows = |mount: &&Mount| mount.device == device && root.starts_with(&mount.root);
-        // The mount that shows least beside it; of several, the one that is highest up.
-        let key = |mount: &&Mount| (mount.root.len(), std::cmp::Reverse(mount.mount_point.len()));
-        let mount = self.mounts.iter().filter(shows).max_by_key(key)?;
+        // The mount that shows most of the filesystem: what is mounted once more has its first name.
+        let key = |mount: &&Mount| (mount.root.len(), mount.mount_point.len());
+        let mount = self.mounts.iter().filter(shows).min_by_key(key)?;
         let rest = root.strip_prefix(&mount.root).ok()?;
         let path = Path::new(&mount.mount_point);
         Some(if rest.as_os_str().is_empty() { path.to_owned() } else { path.join(rest) })

@@ -29,8 +29,9 @@ fn a_directory_is_named_by_its_path_on_the_host() {
     let table = [
         (disk, "/srv/x", Some("/srv/x")),
         (disk, "/", Some("/")),
-        (disk, "/@home/a", Some("/home/a")),
-        (data, "/docker/volumes/v", Some("/var/lib/docker/volumes/v")),
+        (disk, "/@home/a", Some("/@home/a")),
+        // Not by the name under which it is mounted once more.
+        (data, "/docker/volumes/v", Some("/data/docker/volumes/v")),
         (data, "/docker2", Some("/data/docker2")),
         (DevNum { major: 7, minor: 0 }, "/", None),
     ];
