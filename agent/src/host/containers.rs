@@ -31,6 +31,11 @@ use mountinfo::Line;
 /// Between two looks at something that is about to change.
 const AGAIN: Duration = Duration::from_millis(100);
 
+/// How often a path is looked up again that the kernel could not follow: it gives up at a `..` (Docker's
+/// short names of layers are such links) when anything on the host was renamed or mounted meanwhile
+/// (openat2(2), `EAGAIN`), and wants to be asked again.
+const RETRIES: usize = 1000;
+
 /// A container that runs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Container {
@@ -321,7 +326,16 @@ fn device_in(root: &Path, path: &Path) -> Result<Option<DevNum>> {
         Err(e) if no_process(&e) => return Ok(None),
         Err(e) => return Err(e.into()),
     };
-    match openat2(&root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT) {
+    let open = || openat2(&root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT);
+    let mut dir = open();
+    for _ in 0..RETRIES {
+        if !matches!(dir, Err(Errno::AGAIN)) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+        dir = open();
+    }
+    match dir {
         Ok(dir) => Ok(Some(DevNum::of(fstat(&dir)?.st_dev))),
         Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
         Err(e) => Err(e.into()),
