@@ -108,7 +108,7 @@ GROUP = {
     "instance": Key(str),
     "state": Key(str, "Pending:Wait"),
     "hook": Key(str, None, nullable=True),
-    "heartbeat_timeout": Key(int, 300),
+    "heartbeat_timeout": Key(int, 3600),
     "default_result": Key(str, "ABANDON"),
 }
 FAULT = {

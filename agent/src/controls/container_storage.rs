@@ -49,11 +49,12 @@ pub struct Directory {
     pub device: Option<DevNum>,
 }
 
-/// How long a process that has no root of its own yet is waited for.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a process that has no root of its own yet is waited for: it takes milliseconds, and on a
+/// host that is starved of processors more than ten seconds.
+const PATIENCE: Duration = Duration::from_secs(25);
 
 /// How long the look at all containers may take: a mount that does not answer stops it.
-const LOOK_DEADLINE: Duration = Duration::from_secs(30);
+const LOOK_DEADLINE: Duration = Duration::from_secs(40);
 
 /// Of several things that are wrong, how many are told.
 const TOLD: usize = 4;

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Long enough for a run in emulation.
-const RUN: Duration = Duration::from_secs(180);
+const RUN: Duration = Duration::from_secs(300);
 
 /// Takes the volume out of use.
 const UNMOUNT: &str = "systemctl stop docker.socket docker.service containerd.service \

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 /// Long enough for a run in emulation.
-const RUN: Duration = Duration::from_secs(180);
+const RUN: Duration = Duration::from_secs(300);
 
 /// A second volume beside [`host::VOLUME`].
 const SECOND: &str = "vol-0bbbbbbbbbbbbbbb2";

@@ -11,7 +11,7 @@ use serde_json::json;
 use std::time::Duration;
 
 /// Long enough for a run in emulation.
-const RUN: Duration = Duration::from_secs(180);
+const RUN: Duration = Duration::from_secs(300);
 
 /// Prints a canary: the SHA-256 of a text for this phase of a scenario, which stands in no file and
 /// no command line, and who says it.

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// Long enough for a run in emulation.
-const RUN: Duration = Duration::from_secs(180);
+const RUN: Duration = Duration::from_secs(300);
 
 /// Everything that a run could have written or restarted: each file's time of change and inode where
 /// hostagent and the services it manages keep things (what Docker itself writes is left out), and

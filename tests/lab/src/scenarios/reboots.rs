@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use std::time::Duration;
 
 /// Long enough for a run in emulation.
-const RUN: Duration = Duration::from_secs(180);
+const RUN: Duration = Duration::from_secs(300);
 
 /// What lies under the mounts on the root disk, seen through a second mount of it.
 const BENEATH: &str = "mkdir -p /run/beneath && mount --bind / /run/beneath && \

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::Duration;
 
 /// Long enough for a run in emulation.
-const RUN: Duration = Duration::from_secs(180);
+const RUN: Duration = Duration::from_secs(300);
 
 /// Provisions, and expects a refusal with these verdicts and FAILURE and ABANDON.
 fn refuses(stage: &mut Stage, verdicts: &[(&str, &str)]) -> Result<()> {
