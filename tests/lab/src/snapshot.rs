@@ -18,6 +18,14 @@ use std::time::{Duration, Instant};
 /// Changes whenever this file makes something else of the same image.
 const RECIPE: &str = "2";
 
+/// Where the image's operator says how sshd is to be.
+pub const SSHD_FRAGMENT: &str = "/etc/ssh/sshd_config.d/50-image.conf";
+
+/// What it says: an image whose operator takes care of it, so that not every scenario waits for
+/// hostagent to do so. Where that is what is tested, the scenario removes it.
+const HARDENED: &str = "PasswordAuthentication no\nX11Forwarding no\nAllowAgentForwarding no\n\
+    MaxAuthTries 4\nClientAliveInterval 300\nMACs -*md5*,*sha1*,*ripemd*,umac-64*,*-96*\n";
+
 /// A saved instance in the cache.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
@@ -36,7 +44,7 @@ impl Snapshot {
     /// The instance with a package of ours installed.
     pub fn installed(image: &Image, package: &Path) -> Result<Self> {
         let booted = Self::booted(image)?;
-        let key = booted_key(image)?.with_file(package)?;
+        let key = booted_key(image)?.with(HARDENED).with_file(package)?;
         let dir =
             cache::entry("snapshots/installed", &key, |dir| install(image, &booted, package, dir))?;
         Ok(Self { dir, name: "installed" })
@@ -142,6 +150,7 @@ fn install(image: &Image, booted: &Snapshot, package: &Path, dir: &Path) -> Resu
          ./hostagent.deb; rm hostagent.deb"
     );
     vm.guest.succeed(&Script::new(&script).deadline(Duration::from_mins(5)))?;
+    vm.guest.write(SSHD_FRAGMENT, HARDENED.as_bytes())?;
     slim(&mut vm)?;
     vm.save("installed", Some(booted.name)).context("saving the instance with our package")?;
     step.done();

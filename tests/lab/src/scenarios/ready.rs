@@ -64,6 +64,8 @@ pub(super) fn cold_boot(stage: &mut Stage) -> Result<()> {
 }
 
 pub(super) fn becomes_ready(stage: &mut Stage) -> Result<()> {
+    // Nobody has taken care of sshd.
+    stage.guest()?.sh(&format!("rm {}", snapshot::SSHD_FRAGMENT))?;
     host::await_signals(stage)?;
     stage.attach(&host::volume(), host::DEVICE)?;
     host::provision(stage.guest()?, RUN)?;

@@ -8,6 +8,7 @@
 
 use super::host;
 use crate::guest::{Guest, Script};
+use crate::snapshot::SSHD_FRAGMENT;
 use crate::stage::Stage;
 use anyhow::{Context as _, Result, ensure};
 use std::time::Duration;
@@ -190,6 +191,7 @@ pub(super) fn lines(stage: &mut Stage) -> Result<()> {
 /// Passwords are turned off once somebody has a key, and what stands in the way is named.
 pub(super) fn hardening(stage: &mut Stage) -> Result<()> {
     let guest = prepared(stage)?;
+    guest.sh(&format!("rm {SSHD_FRAGMENT}"))?;
     let harden = |guest: &mut Guest| host::hostagent(guest, "provision --only sshd-hardening");
     let ours = "/etc/ssh/sshd_config.d/00-hostagent-hardening.conf";
     let effective = "sshd -T -C user=admin,host=x,addr=10.0.0.9";
