@@ -249,12 +249,7 @@ pub(super) fn linked(stage: &mut Stage) -> Result<()> {
     guest
         .sh("journalctl -b -u hostagent.service -o cat | grep -q 'is a link to /run/disk/docker: /run/disk/docker is on another mount'")
         .context("not said why")?;
-    guest.sh(
-        "test -L /var/lib/docker && test -d /run/disk/docker/volumes/v && rm /var/lib/docker",
-    )?;
-    host::provision(guest, RUN)?;
-    host::expect_ready(stage)?;
-    expect_moved(stage.guest()?, &truth)
+    guest.sh("test -L /var/lib/docker && test -d /run/disk/docker/volumes/v").map(drop)
 }
 
 pub(super) fn hidden(stage: &mut Stage) -> Result<()> {
