@@ -104,6 +104,9 @@ const BETWEEN: Duration = Duration::from_millis(200);
 /// The longest that blkid may take, which reads a few blocks.
 const BLKID_DEADLINE: Duration = Duration::from_secs(60);
 
+/// How long a disk may take to be opened, of which nothing is read for that.
+const OPEN: Duration = Duration::from_secs(30);
+
 /// How long a read that hangs is waited for beyond the limit, which is checked between reads.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -119,7 +122,8 @@ pub async fn inspect(
         let direct = nix::libc::O_DIRECT;
         opened.open(OpenOptions::new().read(true).custom_flags(direct))
     };
-    let file = in_time(Instant::now(), limit, open).await?;
+    // It waits for whoever closes the disk at this moment, who may wait for the disk.
+    let file = in_time(Instant::now(), limit.min(OPEN), open).await?;
     inspect_opened(&file, device, image, limit).await
 }
 
