@@ -144,9 +144,9 @@ pub(super) fn root_plain(stage: &mut Stage) -> Result<()> {
          systemctl daemon-reload && systemctl start syslog.service && umount -l /tmp && \
          systemctl restart systemd-journald && journalctl --flush")?;
     let say = "busybox sh /run/busybox/say";
-    guest.sh(&format!("{say} before journal | systemd-cat; {say} before tmp > /tmp/before"))?;
+    guest.sh(&format!("{say} before journal | logger; {say} before tmp > /tmp/before"))?;
     let before = canary(guest, "before")?;
-    // `journalctl --sync` does not wait for what journald has not read of a stream.
+    // By a datagram: of a stream whose writer is gone (systemd-cat), journald loses a line now and then.
     let look = format!("journalctl -b -o cat | grep -qx {before}-journal");
     guest.until(&look, Duration::from_secs(20))?;
     for who in ["journal", "tmp"] {
@@ -179,7 +179,7 @@ pub(super) fn root_plain(stage: &mut Stage) -> Result<()> {
         let options = format!("--log-driver {driver}");
         contained(guest, &options, &format!("sh /say after {driver} >/dev/null"))?;
     }
-    guest.sh(&format!("{say} after host | systemd-cat; {say} after tmp > /tmp/after"))?;
+    guest.sh(&format!("{say} after host | logger; {say} after tmp > /tmp/after"))?;
     let after = canary(guest, "after")?;
     // The container's words and the host's are in the journal, in memory.
     for who in ["journald", "host"] {
