@@ -32,8 +32,8 @@ use std::time::{Duration, Instant};
 /// The longest run, in emulation, while another instance boots.
 const RUN: Duration = Duration::from_secs(300);
 
-/// How many cuts are made of one provision.
-const PER_FILM: usize = 50;
+/// How many cuts are made of one provision at most.
+const PER_FILM: usize = 200;
 
 /// How far beyond the end of a provision moments are drawn, in parts of its duration.
 const MARGIN: f64 = 1.1;
@@ -50,7 +50,8 @@ const RECORD: &str = "record-of-a-patient";
 
 /// Gives Docker on the root disk what people have in it: an image, a volume with all that a
 /// filesystem can express, a stopped container with a file of its own, and one that has removed and
-/// replaced what its image has, which leaves a whiteout and an opaque directory.
+/// replaced what its image has, which leaves a whiteout and an opaque directory. The journal, which
+/// writes all the time, keeps to memory: two moments differ by what hostagent and Docker wrote.
 const FILL: &str = r#"set -e
 mkdir -p /run/fill/bin /run/fill/old /run/fill/gone
 cp /bin/busybox /run/fill/bin/
@@ -73,6 +74,9 @@ head -c 50000 /dev/urandom >/run/$RECORD-kept
 docker cp -q /run/$RECORD-kept keeper:/$RECORD-kept
 docker run --network none --name changer filled:local /bin/busybox sh -c \
     '/bin/busybox rm -r /removed /gone; /bin/busybox mkdir /gone; echo mine >/gone/new; echo mine >/old/file'
+mkdir -p /etc/systemd/journald.conf.d
+printf '[Journal]\nStorage=volatile\n' >/etc/systemd/journald.conf.d/power-cut.conf
+systemctl restart systemd-journald
 sync"#;
 
 /// Every byte of it with its attributes, a line each, as found in the directory `$1` that was or is
