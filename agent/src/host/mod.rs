@@ -25,6 +25,7 @@ pub mod mounts;
 pub mod processes;
 pub mod settings;
 pub mod signatures;
+pub mod sockets;
 pub mod sshd;
 pub mod superblock;
 pub mod swap;
