@@ -11,6 +11,7 @@ pub mod content;
 pub mod device;
 pub mod docker;
 pub mod docker_config;
+pub mod dockerd;
 pub mod engine_api;
 pub mod files;
 pub mod format;
