@@ -15,16 +15,19 @@ use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tracing::info;
 
 use crate::aws::cache::{self, Confirmation};
-use crate::config::Filesystem;
+use crate::config::{Filesystem, Migrate};
 use crate::control::Context;
 use crate::gate::{self, NOT_ON_DISK};
 use crate::host::ahead::Ahead;
 use crate::host::block::{self, Volumes};
 use crate::host::chain;
+use crate::host::dockerd;
+use crate::host::dockerd::json::Setting;
+use crate::host::dockerd::transaction::Then;
 use crate::host::format::{self, Onto, Order};
 use crate::host::link::{self, Leads, Link};
 use crate::host::migration::{self, Place};
-use crate::host::sshd::hardening::{self, Setting};
+use crate::host::sshd::hardening;
 use crate::host::sshd::transaction::{self, Change};
 use crate::host::systemd::Systemd;
 use crate::host::tree::Progress;
@@ -167,10 +170,17 @@ pub enum Step {
         /// The port, and what has to be changed for it.
         change: Change,
     },
+    /// Change Docker's configuration file, and have Docker take it up.
+    ConfigureDocker {
+        /// The keys that are set; none where the file is right.
+        settings: Vec<Setting>,
+        /// How Docker takes it up.
+        then: Then,
+    },
     /// Make these settings the first that sshd reads.
     HardenSshd {
         /// All that our file is to say.
-        wanted: Vec<Setting>,
+        wanted: Vec<hardening::Setting>,
         /// Whether logins with passwords end with it.
         passwords: bool,
     },
@@ -245,6 +255,19 @@ impl fmt::Display for Step {
                 write!(f, "move sshd to port {}", change.port)?;
                 change.edits.iter().try_for_each(|edit| write!(f, "; {edit}"))
             }
+            Self::ConfigureDocker { settings, then } => {
+                if !settings.is_empty() {
+                    let words = settings.iter().map(ToString::to_string).collect::<Vec<_>>();
+                    write!(f, "in Docker's configuration, set {}", words.join(", "))?;
+                }
+                let and = if settings.is_empty() { "" } else { ", and " };
+                match then {
+                    Then::Leave => Ok(()),
+                    Then::Reload => write!(f, "{and}have Docker read it again"),
+                    Then::Start => write!(f, "{and}start docker.service"),
+                    Then::Restart => write!(f, "{and}restart docker.service"),
+                }
+            }
             Self::HardenSshd { wanted, .. } => {
                 let words = wanted.iter().map(|w| format!("{} {}", w.keyword, w.value));
                 write!(f, "have sshd read first: {}", words.collect::<Vec<_>>().join("; "))
@@ -292,6 +315,7 @@ pub async fn apply(step: &Step, cx: &Context) -> Result<()> {
         Step::MigrateStorage { place } => migrate_storage(cx, place).await,
         Step::EraseMigrated { place } => erase_migrated(cx, place).await,
         Step::MoveSshd { change } => transaction::move_port(cx.host.systemd().await?, change).await,
+        Step::ConfigureDocker { settings, then } => configure_docker(cx, settings, *then).await,
         Step::HardenSshd { wanted, passwords } => {
             hardening::harden(cx.host.systemd().await?, wanted, *passwords).await
         }
@@ -402,6 +426,16 @@ async fn stop_docker(cx: &Context) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Docker is started, by this as by anything else, only where the gate would let it start.
+async fn configure_docker(cx: &Context, settings: &[Setting], then: Then) -> Result<()> {
+    if matches!(then, Then::Start | Then::Restart) {
+        gate::check(&cx.config.volume).context("the gate is closed")?;
+    }
+    let stop_containers = cx.config.docker.migrate == Migrate::Running;
+    let systemd = cx.host.systemd().await?;
+    dockerd::transaction::configure(systemd, settings, then, stop_containers).await
 }
 
 async fn stop_swap(cx: &Context, unit: &str, path: &str) -> Result<()> {

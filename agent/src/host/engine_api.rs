@@ -67,7 +67,7 @@ pub struct InForce {
 /// The same part of `GET /info`, for [`InForce`].
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "PascalCase", default)]
-struct Security {
+struct Answer {
     live_restore_enabled: Option<bool>,
     security_options: Option<Vec<String>>,
     logging_driver: Option<String>,
@@ -86,7 +86,7 @@ pub async fn in_force() -> Result<InForce> {
 }
 
 fn read_in_force(answer: &[u8]) -> Result<InForce> {
-    let info: Security =
+    let info: Answer =
         serde_json::from_slice(answer).context("reading what Docker says is in force")?;
     let state = info.swarm.map(|swarm| swarm.local_node_state).unwrap_or_default();
     Ok(InForce {
