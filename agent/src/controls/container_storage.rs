@@ -68,8 +68,8 @@ impl Control for ContainerStorage {
         why: "A directory of the host that is mounted into a container takes what the container \
               writes past the encrypted volume, wherever Docker keeps its own data.",
         requires: &["data-mount"],
-        // Looked at when Docker is where it is to be, and is not restarted any more; but what a container has mounted is named also
-        // where that cannot be reached.
+        // Looked at when Docker is where it is to be, and is not restarted any more; but what a
+        // container has mounted is named also where that cannot be reached.
         acts_after: &["docker-storage", "docker-daemon"],
     };
 

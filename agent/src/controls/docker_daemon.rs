@@ -46,8 +46,12 @@ pub struct Daemon {
     pub socket: Fact<Unit>,
     /// The flags of the daemon that runs, or else of its next start.
     pub flags: Fact<Vec<Flag>>,
+    /// The flags of its next start, if it runs and its unit starts dockerd itself.
+    pub next_flags: Fact<Option<Vec<Flag>>>,
     /// Its configuration file.
     pub file: Fact<Written>,
+    /// Whether it is part of a swarm, by what it keeps on the disk.
+    pub swarm: Fact<bool>,
     /// What it says is in force, if it runs.
     pub in_force: Fact<Option<InForce>>,
     /// Its default bridge, if it runs and has one.
@@ -95,9 +99,19 @@ impl Control for DockerDaemon {
             },
             Err(why) => Err(unclear(why)),
         };
+        let next_flags = match (&pid, cx.host.systemd().await) {
+            (Ok(Some(_)), Ok(systemd)) => dockerd::flags_at_next_start(systemd).await,
+            (Ok(Some(_)), Err(e)) => Err(e),
+            (Ok(None), _) => Ok(None),
+            (Err(why), _) => Err(unclear(why)),
+        };
         let file = match &flags {
             Ok(flags) => dockerd::written(flags),
             Err(e) => Err(anyhow::anyhow!("{e:#}")),
+        };
+        let swarm = match (&flags, &file) {
+            (Ok(flags), Ok(file)) => dockerd::in_swarm(flags, file),
+            (Err(e), _) | (_, Err(e)) => Err(anyhow::anyhow!("{e:#}")),
         };
         // Only one that runs is asked: the question would start it.
         let (in_force, bridge, doors) = match &pid {
@@ -117,7 +131,9 @@ impl Control for DockerDaemon {
                 unit: Fact::new("systemd (D-Bus)", unit),
                 socket: Fact::new("systemd (D-Bus)", socket),
                 flags: Fact::new("/proc/PID/cmdline, or else the unit", flags),
+                next_flags: Fact::new("the unit", next_flags),
                 file: Fact::new("daemon.json", file),
+                swarm: Fact::new("Docker's directory", swarm),
                 in_force: Fact::new(format!("{api}, /info"), in_force),
                 bridge: Fact::new(format!("{api}, /networks/bridge"), bridge),
                 doors: Fact::new("/proc/net/tcp, and asked", doors),
@@ -134,8 +150,8 @@ impl Control for DockerDaemon {
         if !daemon.unit.known()?.exists() {
             return Ok(Verdict::NotApplicable { why: "Docker is not installed".to_owned() });
         }
-        let seen = daemon.seen()?;
-        let (found, unclear) = rules::look(&seen);
+        let (seen, next) = (daemon.seen()?, daemon.at_next_start()?);
+        let (found, unclear) = rules::look_at_both(&seen, next.as_ref());
         let report = config.docker.daemon == Hardening::Report;
         if let (true, Some(why)) = (found.is_empty() || report, unclear.into_iter().next()) {
             return Err(Unknown(why));
@@ -168,8 +184,8 @@ impl Control for DockerDaemon {
         if !daemon.unit.known()?.exists() {
             return Ok(Plan::Nothing);
         }
-        let seen = daemon.seen()?;
-        let (found, unclear) = rules::look(&seen);
+        let (seen, next) = (daemon.seen()?, daemon.at_next_start()?);
+        let (found, unclear) = rules::look_at_both(&seen, next.as_ref());
         if let (true, Some(why)) = (found.is_empty(), unclear.first()) {
             return Err(Unknown(why.clone()));
         }
@@ -221,8 +237,8 @@ pub(super) async fn before_start(cx: &Context) -> Fact<Option<AtStart>> {
 /// The step that starts Docker, with what is asked for. What is not known here is not changed: this
 /// control says so when Docker runs.
 pub(super) fn start(at_start: &Fact<Option<AtStart>>) -> Step {
-    if let Ok(Some(AtStart { flags, written })) = at_start.known() {
-        let (found, _) = rules::look(&Seen::at_start(flags, written));
+    if let Ok(Some(AtStart { flags, written, swarm })) = at_start.known() {
+        let (found, _) = rules::look(&Seen::at_start(flags, written, *swarm));
         let settings = settings(&found);
         if !settings.is_empty() {
             return Step::ConfigureDocker { settings, then: Then::Start };
@@ -265,11 +281,19 @@ impl Daemon {
             started: unit.main_started,
             flags: self.flags.known()?,
             file: self.file.known()?,
+            swarm: *self.swarm.known()? || in_force.is_some_and(|in_force| in_force.swarm),
             listen: &self.socket.known()?.listen,
             in_force,
             bridge: self.bridge.known()?.as_ref(),
             doors: self.doors.known()?,
         })
+    }
+
+    /// The daemon that its unit would start in place of the one that runs.
+    fn at_next_start(&self) -> Result<Option<Seen<'_>>, Unknown> {
+        let (flags, file, swarm) =
+            (self.next_flags.known()?.as_ref(), self.file.known()?, *self.swarm.known()?);
+        Ok(flags.map(|flags| Seen::at_start(flags, file, swarm)))
     }
 }
 

@@ -10,9 +10,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use futures_util::future::join_all;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -33,8 +34,10 @@ pub const SOCKET: &str = "docker.socket";
 const CONFIG: &str = "/etc/docker/daemon.json";
 
 /// The keys that are kept of it. Others may hold secrets.
-const KEPT: [&str; 11] = [
+const KEPT: [&str; 13] = [
     "bridge",
+    "data-root",
+    "graph",
     "hosts",
     "icc",
     "live-restore",
@@ -47,6 +50,9 @@ const KEPT: [&str; 11] = [
     "userland-proxy",
 ];
 
+/// Where Docker keeps its data, if it is not told otherwise.
+const ROOT: &str = "/var/lib/docker";
+
 /// The same of `log-opts`.
 const KEPT_OPTIONS: [&str; 2] = ["max-file", "max-size"];
 
@@ -57,7 +63,8 @@ pub struct Written {
     pub path: PathBuf,
     /// The keys that matter, with their values.
     pub settings: BTreeMap<String, Value>,
-    /// When it was last changed; none if there is no file.
+    /// When it was last changed or put there; none if there is no file. A change of its mode counts,
+    /// for a file that was moved there keeps the time of its content.
     pub changed: Option<Timestamp>,
 }
 
@@ -66,6 +73,9 @@ pub fn written(flags: &[Flag]) -> Result<Written> {
     let path = config_path(flags);
     let doing = || format!("reading {}", path.display());
     let text = files::read_optional(&path)?;
+    if text.is_none() && path.is_symlink() {
+        bail!("{} is a link that leads nowhere", path.display());
+    }
     let object = json::Object::parse(text.as_deref().unwrap_or_default()).with_context(doing)?;
     let mut settings = BTreeMap::new();
     for key in KEPT {
@@ -75,12 +85,23 @@ pub fn written(flags: &[Flag]) -> Result<Written> {
         }
         settings.insert(key.to_owned(), value);
     }
-    let changed = match fs::metadata(&path) {
-        Ok(meta) => Some(Timestamp::try_from(meta.modified().with_context(doing)?)?),
-        Err(e) if e.kind() == ErrorKind::NotFound => None,
-        Err(e) => return Err(e).with_context(doing),
-    };
+    let changed = changed(&path).with_context(doing)?;
     Ok(Written { path, settings, changed })
+}
+
+/// The later of a file's change and that of a link to it.
+fn changed(path: &Path) -> Result<Option<Timestamp>> {
+    let mut latest = None;
+    for meta in [fs::symlink_metadata(path), fs::metadata(path)] {
+        let meta = match meta {
+            Ok(meta) => meta,
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(e.into()),
+        };
+        let nanoseconds = meta.ctime_nsec().try_into()?;
+        latest = latest.max(Some(Timestamp::new(meta.ctime(), nanoseconds)?));
+    }
+    Ok(latest)
 }
 
 fn config_path(flags: &[Flag]) -> PathBuf {
@@ -98,6 +119,30 @@ pub async fn flags_of_unit(systemd: &Systemd) -> Result<Vec<Flag>> {
     Ok(flags::kept(flags::parse(&words_of_unit(systemd).await?)))
 }
 
+/// The same of a unit that starts dockerd itself; none of one that has something else start it, which
+/// may add to them.
+pub async fn flags_at_next_start(systemd: &Systemd) -> Result<Option<Vec<Flag>>> {
+    let words = words_of_unit(systemd).await?;
+    Ok(is_dockerd(&words).then(|| flags::kept(flags::parse(&words))))
+}
+
+/// Whether a command line is dockerd's own.
+fn is_dockerd(words: &[String]) -> bool {
+    let program = words.first().and_then(|program| Path::new(program).file_name());
+    program.is_some_and(|name| name == "dockerd")
+}
+
+/// Whether Docker is part of a swarm, by what it keeps on the disk: with live-restore it would not
+/// start then (moby, `IsSwarmCompatible`).
+pub fn in_swarm(flags: &[Flag], written: &Written) -> Result<bool> {
+    let of_flag = |flag: &&Flag| matches!(flag.name.as_str(), "data-root" | "graph");
+    let by_flag = flags.iter().rev().find(of_flag).map(|flag| flag.value.as_str());
+    let by_file =
+        || ["data-root", "graph"].iter().find_map(|key| written.settings.get(*key)?.as_str());
+    let state = Path::new(by_flag.or_else(by_file).unwrap_or(ROOT)).join("swarm/docker-state.json");
+    state.try_exists().with_context(|| format!("looking for {}", state.display()))
+}
+
 /// What the daemon's next start goes by.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AtStart {
@@ -105,6 +150,8 @@ pub struct AtStart {
     pub flags: Vec<Flag>,
     /// Its configuration file.
     pub written: Written,
+    /// Whether it is part of a swarm.
+    pub swarm: bool,
 }
 
 /// Looks at that; none if Docker is not installed.
@@ -114,7 +161,8 @@ pub async fn at_start(systemd: &Systemd) -> Result<Option<AtStart>> {
     }
     let flags = flags_of_unit(systemd).await?;
     let written = written(&flags)?;
-    Ok(Some(AtStart { flags, written }))
+    let swarm = in_swarm(&flags, &written)?;
+    Ok(Some(AtStart { flags, written, swarm }))
 }
 
 /// The command line of the daemon's next start.
@@ -186,5 +234,49 @@ mod tests {
         assert!(written(&flag(&path)).is_err());
         assert!(written(&flag(dir.path())).is_err(), "what cannot be read is not empty");
         assert_eq!(config_path(&[]), Path::new(CONFIG));
+    }
+
+    #[test]
+    fn a_file_that_was_moved_there_has_changed_and_so_has_a_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, other) = (dir.path().join("daemon.json"), dir.path().join("other.json"));
+        fs::write(&other, "{}").unwrap();
+        let long_ago = std::time::SystemTime::UNIX_EPOCH;
+        fs::File::open(&other).unwrap().set_modified(long_ago).unwrap();
+        let before = changed(&other).unwrap().unwrap();
+        assert!(before > Timestamp::UNIX_EPOCH);
+        // Longer than the kernel's clock for files stands still.
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        std::os::unix::fs::symlink(&other, &path).unwrap();
+        let linked = changed(&path).unwrap().unwrap();
+        assert!(linked > before && changed(&other).unwrap() == Some(before));
+        fs::remove_file(&other).unwrap();
+        let error = written(&flag(&path)).unwrap_err().to_string();
+        assert!(error.ends_with("is a link that leads nowhere"), "{error}");
+        assert_eq!(changed(&other).unwrap(), None);
+    }
+
+    #[test]
+    fn a_swarm_is_found_in_dockers_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().display().to_string();
+        let written = |key: &str| Written {
+            path: CONFIG.into(),
+            settings: [(key.to_owned(), Value::from(root.clone()))].into(),
+            changed: None,
+        };
+        let by_flag = [Flag { name: "data-root".into(), value: root.clone() }];
+        let seen = || {
+            let of = |flags: &[Flag], key| in_swarm(flags, &written(key)).unwrap();
+            [of(&by_flag, "none"), of(&[], "data-root"), of(&[], "graph")]
+        };
+        assert_eq!(seen(), [false; 3]);
+        fs::create_dir(dir.path().join("swarm")).unwrap();
+        assert_eq!(seen(), [false; 3], "one that was left");
+        fs::write(dir.path().join("swarm/docker-state.json"), "{}").unwrap();
+        assert_eq!(seen(), [true; 3]);
+        let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        assert!(is_dockerd(&words("/usr/sbin/dockerd -H fd://")));
+        assert!(!is_dockerd(&words("/bin/sh dockerd")) && !is_dockerd(&[]));
     }
 }

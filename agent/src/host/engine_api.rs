@@ -54,6 +54,8 @@ struct Info {
 /// version does not say.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct InForce {
+    /// `ServerVersion`, such as `20.10.24+dfsg1`.
+    pub version: Option<String>,
     /// `LiveRestoreEnabled`
     pub live_restore: Option<bool>,
     /// `SecurityOptions`, such as `name=seccomp,profile=builtin`.
@@ -64,10 +66,19 @@ pub struct InForce {
     pub swarm: bool,
 }
 
+impl InForce {
+    /// The number before the first dot of the version; none if Docker does not say it.
+    #[must_use]
+    pub fn major(&self) -> Option<u32> {
+        self.version.as_ref()?.split('.').next()?.parse().ok()
+    }
+}
+
 /// The same part of `GET /info`, for [`InForce`].
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "PascalCase", default)]
 struct Answer {
+    server_version: Option<String>,
     live_restore_enabled: Option<bool>,
     security_options: Option<Vec<String>>,
     logging_driver: Option<String>,
@@ -90,6 +101,7 @@ fn read_in_force(answer: &[u8]) -> Result<InForce> {
         serde_json::from_slice(answer).context("reading what Docker says is in force")?;
     let state = info.swarm.map(|swarm| swarm.local_node_state).unwrap_or_default();
     Ok(InForce {
+        version: info.server_version,
         live_restore: info.live_restore_enabled,
         security: info.security_options,
         log_driver: info.logging_driver.filter(|name| !name.is_empty()),
@@ -241,9 +253,10 @@ mod tests {
 
     #[test]
     fn what_is_in_force_is_read_and_silence_is_not_no() {
-        let answer = br#"{"LiveRestoreEnabled":false,"SecurityOptions":["name=apparmor","name=seccomp,profile=builtin","name=cgroupns"],"LoggingDriver":"json-file","Swarm":{"LocalNodeState":"inactive","NodeID":""}}"#;
+        let answer = br#"{"ServerVersion":"20.10.24+dfsg1","LiveRestoreEnabled":false,"SecurityOptions":["name=apparmor","name=seccomp,profile=builtin","name=cgroupns"],"LoggingDriver":"json-file","Swarm":{"LocalNodeState":"inactive","NodeID":""}}"#;
         let seen = read_in_force(answer).unwrap();
         assert_eq!((seen.live_restore, seen.swarm), (Some(false), false));
+        assert_eq!((seen.major(), InForce::default().major()), (Some(20), None));
         assert_eq!(seen.security.unwrap()[1], "name=seccomp,profile=builtin");
         assert_eq!(seen.log_driver.as_deref(), Some("json-file"));
         assert_eq!(read_in_force(br#"{"LoggingDriver":""}"#).unwrap(), InForce::default());

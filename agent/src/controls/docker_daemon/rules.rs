@@ -27,6 +27,7 @@ pub(super) struct Seen<'a> {
     pub(super) started: Option<Timestamp>,
     pub(super) flags: &'a [Flag],
     pub(super) file: &'a Written,
+    pub(super) swarm: bool,
     /// Where its socket unit listens.
     pub(super) listen: &'a [String],
     pub(super) in_force: Option<&'a InForce>,
@@ -127,6 +128,20 @@ pub(super) fn look(seen: &Seen) -> (Vec<Found>, Vec<String>) {
     (found, unclear)
 }
 
+/// The same of the daemon that runs and of what its next start would make of it, where that differs.
+pub(super) fn look_at_both(now: &Seen, next: Option<&Seen>) -> (Vec<Found>, Vec<String>) {
+    let (mut found, mut unclear) = look(now);
+    let (more, why) = next.map(look).unwrap_or_default();
+    for one in more {
+        if found.iter().all(|known| known.rule.title != one.rule.title) {
+            let seen = format!("at Docker's next start, {}", one.seen);
+            found.push(Found { seen, ..one });
+        }
+    }
+    unclear.extend(why);
+    (found, unclear)
+}
+
 impl Rule {
     pub(super) fn key(&self) -> &'static str {
         self.key
@@ -160,12 +175,13 @@ impl Found {
 
 impl<'a> Seen<'a> {
     /// A daemon that is about to be started.
-    pub(super) fn at_start(flags: &'a [Flag], file: &'a Written) -> Self {
+    pub(super) fn at_start(flags: &'a [Flag], file: &'a Written, swarm: bool) -> Self {
         Self {
             runs: false,
             started: None,
             flags,
             file,
+            swarm,
             listen: &[],
             in_force: None,
             bridge: None,
@@ -322,9 +338,8 @@ fn switch(
 fn live_restore(seen: &Seen) -> Result<Option<Wrong>, Unknown> {
     let told = seen.told(LIVE_RESTORE, |f| f.live_restore)?;
     let wrong = switch(seen, LIVE_RESTORE, true, false, told)?;
-    let swarm = seen.in_force.is_some_and(|in_force| in_force.swarm);
     Ok(wrong.map(|wrong| match wrong.cure {
-        Cure::Set(_) if swarm => Wrong {
+        Cure::Set(_) if seen.swarm => Wrong {
             cure: Cure::Operator(
                 "Docker is part of a swarm, which excludes it: leave the swarm".to_owned(),
             ),
@@ -335,8 +350,20 @@ fn live_restore(seen: &Seen) -> Result<Option<Wrong>, Unknown> {
 }
 
 fn no_new_privileges(seen: &Seen) -> Result<Option<Wrong>, Unknown> {
-    let told = options(seen)?.map(|options| named(options, NO_NEW_PRIVILEGES).is_some());
-    switch(seen, NO_NEW_PRIVILEGES, true, false, told)
+    let is_named = options(seen)?.map(|options| named(options, NO_NEW_PRIVILEGES).is_some());
+    let told = match is_named {
+        // Before version 24 it is not said (github.com/moby/moby/pull/45320).
+        Some(false)
+            if seen.told("its version", InForce::major)?.is_some_and(|major| major < 24) =>
+        {
+            None
+        }
+        told => told,
+    };
+    match switch(seen, NO_NEW_PRIVILEGES, true, false, told)? {
+        None if told.is_none() => seen.untold(NO_NEW_PRIVILEGES),
+        wrong => Ok(wrong),
+    }
 }
 
 fn userland_proxy(seen: &Seen) -> Result<Option<Wrong>, Unknown> {
@@ -452,6 +479,6 @@ fn tcp(seen: &Seen) -> Result<Option<Wrong>, Unknown> {
             "remove that address from `hosts`, -H or docker.socket, or set tlsverify with tlscacert, \
              tlscert and tlskey, and restart Docker",
         ),
-        _ => Ok(None),
+        _ => Ok(seen.twice("host", "hosts")),
     }
 }

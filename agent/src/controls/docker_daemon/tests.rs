@@ -33,12 +33,15 @@ fn daemon(file: &Value) -> Daemon {
         unit: known(unit("active")),
         socket: known(Unit { listen: vec!["/run/docker.sock".into()], ..unit("active") }),
         flags: known(flags(&["host=fd://"])),
+        next_flags: known(None),
+        swarm: known(false),
         file: known(Written {
             path: "/etc/docker/daemon.json".into(),
             settings,
             changed: Some(Timestamp::from_second(STARTED - 1).unwrap()),
         }),
         in_force: known(Some(InForce {
+            version: Some("26.1.5+dfsg1".into()),
             live_restore: Some(true),
             security: Some(security.map(str::to_owned).into()),
             log_driver: Some("json-file".into()),
@@ -161,10 +164,14 @@ fn docker_as_it_is_installed_is_put_right_at_once() {
     let installed = plain();
     let (flags, written) =
         (installed.flags.known().unwrap().clone(), installed.file.known().unwrap().clone());
-    let both = AtStart { flags: flags.clone(), written };
-    assert_eq!(at_start(Some(both)), format!("{ALL}, and start docker.service"));
+    let both = AtStart { flags: flags.clone(), written, swarm: false };
+    assert_eq!(at_start(Some(both.clone())), format!("{ALL}, and start docker.service"));
+    // With live-restore it would not start.
+    let swarm = at_start(Some(AtStart { swarm: true, ..both }));
+    assert!(swarm.contains("icc") && !swarm.contains("live-restore"), "{swarm}");
     let written = good().file.known().unwrap().clone();
-    assert_eq!(at_start(Some(AtStart { flags, written })), "start docker.service");
+    let right = AtStart { flags, written, swarm: false };
+    assert_eq!(at_start(Some(right)), "start docker.service");
     assert_eq!(at_start(None), "start docker.service");
     assert_eq!(start(&unknown()).to_string(), "start docker.service");
 }
@@ -375,6 +382,65 @@ fn what_a_flag_sets_is_not_written() {
 }
 
 #[test]
+fn what_the_unit_says_now_counts_for_the_next_start() {
+    let next = |file: Value, words: &[&str]| {
+        let mut daemon = daemon(&file);
+        daemon.next_flags = known(Some(flags(words)));
+        outcome(daemon)
+    };
+    let (verdict, plan) = next(file(json!({})), &["host=fd://"]);
+    assert!(verdict.starts_with("pass") && plan.is_empty(), "{verdict}");
+    let (verdict, plan) = next(file(json!({})), &["host=fd://", "icc=true"]);
+    assert!(verdict.contains("at Docker's next start, icc is in /etc/docker"), "{verdict}");
+    assert!(plan.starts_with("refuse: at Docker's next start, icc is in"), "{plan}");
+    let (verdict, _) = next(file(json!({})), &["host=fd://", "host=tcp://:2375"]);
+    assert!(verdict.contains("next start, Docker is told to listen on tcp://:2375"), "{verdict}");
+    // A flag that was removed, and nothing in its place.
+    let mut without = file(json!({}));
+    without.as_object_mut().unwrap().remove("icc");
+    let mut gone = daemon(&without);
+    gone.flags = known(flags(&["icc=false"]));
+    gone.next_flags = known(Some(flags(&["host=fd://"])));
+    let (verdict, plan) = outcome(gone);
+    assert!(verdict.contains("at Docker's next start, icc is true (CIS 2.2)"), "{verdict}");
+    assert_eq!(plan, "in Docker's configuration, set icc to false, and restart docker.service");
+    // One thing is said once.
+    let mut both = plain();
+    both.next_flags = known(Some(flags(&["host=fd://"])));
+    let (verdict, plan) = outcome(both);
+    assert!(!verdict.contains("next start"), "{verdict}");
+    assert_eq!(plan, format!("{ALL}, and restart docker.service"));
+}
+
+#[test]
+fn an_old_docker_does_not_say_whether_privileges_are_gained() {
+    let silent = |version: Option<&str>| {
+        let mut daemon = good();
+        let security = ["name=apparmor", "name=seccomp,profile=default"].map(str::to_owned);
+        daemon.in_force = known(Some(InForce {
+            version: version.map(str::to_owned),
+            security: Some(security.into()),
+            ..force(&daemon)
+        }));
+        daemon
+    };
+    let (verdict, plan) = outcome(silent(Some("20.10.24+dfsg1")));
+    assert!(verdict.starts_with("pass") && plan.is_empty(), "{verdict} {plan}");
+    assert!(outcome(silent(Some("24.0.0"))).0.contains("no-new-privileges is false in"));
+    for version in [None, Some("dev")] {
+        assert!(outcome(silent(version)).0.starts_with("unknown: Docker does not say what its"));
+    }
+    // The file counts only as it was read.
+    let mut stale = silent(Some("20.10.24+dfsg1"));
+    let written = stale.file.known().unwrap().clone();
+    let changed = Some(Timestamp::from_second(STARTED + 1).unwrap());
+    stale.file = known(Written { changed, ..written });
+    let (verdict, plan) = outcome(stale);
+    assert!(verdict.contains("does not say what no-new-privileges it has (CIS 2.14)"), "{verdict}");
+    assert_eq!(plan, "restart docker.service");
+}
+
+#[test]
 fn docker_is_commanded_by_nobody_without_a_certificate() {
     let table: [(&str, &str, Value, bool); 11] = [
         ("host=tcp://0.0.0.0:2375", "", json!({}), false),
@@ -403,7 +469,11 @@ fn docker_is_commanded_by_nobody_without_a_certificate() {
     let door = |open| Door { address: "0.0.0.0:2376".parse().unwrap(), open };
     let mut daemon = daemon(&file(json!({"hosts": ["tcp://:2376"], "tlsverify": true})));
     daemon.doors = known(vec![door(false)]);
+    daemon.flags = known(vec![]);
     assert!(outcome(daemon).0.starts_with("pass"));
+    // With the flag that the packages' units have, Docker's next start would fail.
+    let both = self::daemon(&file(json!({"hosts": ["unix:///run/docker.sock"]})));
+    assert!(outcome(both).0.contains("hosts is in /etc/docker/daemon.json, and --host"));
     let mut open = good();
     open.doors = known(vec![door(false), door(true)]);
     assert!(outcome(open).0.contains("answers anybody who reaches 0.0.0.0:2376"));
@@ -416,15 +486,21 @@ fn a_swarm_excludes_live_restore() {
     swarm.in_force = known(Some(in_force));
     let (verdict, plan) = outcome(swarm);
     assert!(verdict.starts_with("fail") && plan.contains("part of a swarm"), "{plan}");
+    // It does not run, and is part of one.
+    let mut stopped = down(daemon(&file(json!({"live-restore": false}))));
+    stopped.swarm = known(true);
+    assert!(outcome(stopped).1.starts_with("refuse: live-restore is false: Docker is part"));
 }
 
 #[test]
 fn what_cannot_be_seen_never_passes() {
-    let hide: [Break; 11] = [
+    let hide: [Break; 13] = [
         |d| d.unit = unknown(),
         |d| d.unit = known(unit("activating")),
         |d| d.socket = unknown(),
         |d| d.flags = unknown(),
+        |d| d.next_flags = unknown(),
+        |d| d.swarm = unknown(),
         |d| d.file = unknown(),
         |d| d.in_force = unknown(),
         |d| d.in_force = known(None),

@@ -168,7 +168,7 @@ fn docker_is_started_once_with_what_is_asked_of_it() {
         changed: None,
     };
     let mut facts = fresh();
-    facts.at_start = Fact::new("t", Ok(Some(AtStart { flags: vec![], written })));
+    facts.at_start = Fact::new("t", Ok(Some(AtStart { flags: vec![], written, swarm: false })));
     facts.socket = Fact::new("t", Ok(unit("inactive", "enabled")));
     let steps = plan(&facts);
     let of_docker: Vec<_> = steps.iter().filter(|step| step.contains("start docker.")).collect();

@@ -20,13 +20,21 @@ pub struct Flag {
 }
 
 /// Short names (moby, cmd/dockerd and daemon/command/options.go).
-const SHORT: [(&str, &str); 5] =
-    [("H", "host"), ("b", "bridge"), ("D", "debug"), ("G", "group"), ("l", "log-level")];
+const SHORT: [(&str, &str); 6] = [
+    ("H", "host"),
+    ("b", "bridge"),
+    ("D", "debug"),
+    ("G", "group"),
+    ("g", "graph"),
+    ("l", "log-level"),
+];
 
 /// The flags that are kept: of the others, such as most of `--log-opt`, the value may be a secret.
-const KEPT: [&str; 11] = [
+const KEPT: [&str; 13] = [
     "bridge",
     "config-file",
+    "data-root",
+    "graph",
     "host",
     "icc",
     "live-restore",

@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 
 use super::json::{Object, Setting};
-use super::{SERVICE, SOCKET, config_path, flags, words_of_unit};
+use super::{SERVICE, SOCKET, config_path, flags, is_dockerd, words_of_unit};
 use crate::host::systemd::Systemd;
 use crate::host::{command, engine_api, files, processes};
 
@@ -78,7 +78,8 @@ pub async fn configure(
         match then {
             Then::Leave => Ok(()),
             Then::Reload => systemd.reload(SERVICE, JOB_DEADLINE).await,
-            Then::Start | Then::Restart => systemd.start(SERVICE, JOB_DEADLINE).await,
+            // It may run with the new file, and hang.
+            Then::Start | Then::Restart => afresh(systemd).await,
         }
     };
     let path = path.display();
@@ -108,11 +109,10 @@ fn put(path: &Path, exists: bool, content: &[u8]) -> Result<()> {
 /// Has Docker check the file together with the flags of its unit. What it does not accept would keep
 /// it from starting after a power cut.
 async fn try_out(words: &[String], text: &str) -> Result<()> {
-    let program = words.first().map_or("", String::as_str);
-    if Path::new(program).file_name().is_none_or(|name| name != "dockerd") {
+    let Some(program) = words.first().filter(|_| is_dockerd(words)) else {
         info!(control = CONTROL, "{SERVICE} does not start dockerd itself: tried by starting it");
         return Ok(());
-    }
+    };
     let path = Path::new(TRIAL);
     files::write_atomic(path, text, 0o600)?;
     let mut args = vec!["--validate".to_owned(), "--config-file".to_owned(), TRIAL.to_owned()];
@@ -165,11 +165,17 @@ async fn take_up(systemd: &Systemd, then: Then) -> Result<()> {
     }
 }
 
+/// Also one that was started so often in the last minute that systemd would not do it again.
+async fn afresh(systemd: &Systemd) -> Result<()> {
+    systemd.forget_failure(SERVICE).await;
+    systemd.restart(SERVICE, JOB_DEADLINE).await
+}
+
 /// Containers that outlive Docker would keep what they were started with, and Docker's networks as they
 /// were: those that may be stopped are.
 async fn restart(systemd: &Systemd) -> Result<()> {
     if processes::containers()?.is_empty() {
-        return systemd.restart(SERVICE, JOB_DEADLINE).await;
+        return afresh(systemd).await;
     }
     for unit in [SOCKET, SERVICE] {
         if systemd.unit(unit).await?.is_up() {
