@@ -198,6 +198,8 @@ pub struct Docker {
     /// What containers may have mounted from elsewhere than the volume: each path with what is below
     /// it; `/` means the root directory itself.
     pub allowed_mounts: Vec<HostPath>,
+    /// What is done about Docker's own configuration.
+    pub daemon: Hardening,
 }
 
 /// What programs commonly want of the host, none of which is written to. `docker-init` is what Docker
@@ -222,6 +224,7 @@ impl Default for Docker {
         Self {
             migrate: Migrate::default(),
             allowed_mounts: ALLOWED_MOUNTS.map(|path| HostPath(path.into())).into(),
+            daemon: Hardening::default(),
         }
     }
 }
@@ -254,7 +257,7 @@ impl Default for Sshd {
     }
 }
 
-/// What is done about what sshd lets in.
+/// What is done about what a daemon, sshd or Docker, lets others do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Hardening {

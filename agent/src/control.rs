@@ -283,6 +283,7 @@ pub static REGISTRY: &[&dyn Check] = &[
     &controls::data_mount::DataMount,
     &controls::data_size::DataSize,
     &controls::docker_storage::DockerStorage,
+    &controls::docker_daemon::DockerDaemon,
     &controls::container_storage::ContainerStorage,
 ];
 

@@ -6,31 +6,32 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::Serialize;
-use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::info;
 
 use crate::aws::cache::{self, Confirmation};
 use crate::config::Filesystem;
 use crate::control::Context;
-use crate::gate::{self, NOT_ON_DISK};
 use crate::host::ahead::Ahead;
 use crate::host::block::{self, Volumes};
 use crate::host::chain;
+use crate::host::dockerd::json::Setting;
+use crate::host::dockerd::transaction::Then;
 use crate::host::format::{self, Onto, Order};
-use crate::host::link::{self, Leads, Link};
-use crate::host::migration::{self, Place};
-use crate::host::sshd::hardening::{self, Setting};
+use crate::host::migration::Place;
+use crate::host::sshd::hardening;
 use crate::host::sshd::transaction::{self, Change};
-use crate::host::systemd::Systemd;
-use crate::host::tree::Progress;
 use crate::host::uevents::Uevents;
-use crate::host::{blocking, files, growth, kernel, mounts, processes, swap};
+use crate::host::{files, growth, kernel, mounts, processes, swap};
 use crate::volume::{self, State};
+
+mod docker;
+
+pub use docker::DOCKER_UNITS;
 
 /// One change to the host, or one wait for something that changes it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -167,10 +168,17 @@ pub enum Step {
         /// The port, and what has to be changed for it.
         change: Change,
     },
+    /// Change Docker's configuration file, and have Docker take it up.
+    ConfigureDocker {
+        /// The keys that are set; none where the file is right.
+        settings: Vec<Setting>,
+        /// How Docker takes it up.
+        then: Then,
+    },
     /// Make these settings the first that sshd reads.
     HardenSshd {
         /// All that our file is to say.
-        wanted: Vec<Setting>,
+        wanted: Vec<hardening::Setting>,
         /// Whether logins with passwords end with it.
         passwords: bool,
     },
@@ -245,6 +253,19 @@ impl fmt::Display for Step {
                 write!(f, "move sshd to port {}", change.port)?;
                 change.edits.iter().try_for_each(|edit| write!(f, "; {edit}"))
             }
+            Self::ConfigureDocker { settings, then } => {
+                if !settings.is_empty() {
+                    let words = settings.iter().map(ToString::to_string).collect::<Vec<_>>();
+                    write!(f, "in Docker's configuration, set {}", words.join(", "))?;
+                }
+                let and = if settings.is_empty() { "" } else { ", and " };
+                match then {
+                    Then::Leave => Ok(()),
+                    Then::Reload => write!(f, "{and}have Docker read it again"),
+                    Then::Start => write!(f, "{and}start docker.service"),
+                    Then::Restart => write!(f, "{and}restart docker.service"),
+                }
+            }
             Self::HardenSshd { wanted, .. } => {
                 let words = wanted.iter().map(|w| format!("{} {}", w.keyword, w.value));
                 write!(f, "have sshd read first: {}", words.collect::<Vec<_>>().join("; "))
@@ -285,13 +306,14 @@ pub async fn apply(step: &Step, cx: &Context) -> Result<()> {
         Step::RestartUnit { unit } => cx.host.systemd().await?.restart(unit, UNIT_DEADLINE).await,
         Step::StopSwap { unit, path } => stop_swap(cx, unit, path).await,
         Step::SetKernel { name, value } => kernel::set(name, value),
-        Step::StopDocker => stop_docker(cx).await,
+        Step::StopDocker => docker::stop(cx).await,
         Step::StopContainers => processes::stop_containers().await,
         Step::RemoveFile { path } => files::remove(path),
-        Step::ReplaceLink { place } => replace_link(cx, place).await,
-        Step::MigrateStorage { place } => migrate_storage(cx, place).await,
-        Step::EraseMigrated { place } => erase_migrated(cx, place).await,
+        Step::ReplaceLink { place } => docker::replace_link(cx, place).await,
+        Step::MigrateStorage { place } => docker::migrate(cx, place).await,
+        Step::EraseMigrated { place } => docker::erase(cx, place).await,
         Step::MoveSshd { change } => transaction::move_port(cx.host.systemd().await?, change).await,
+        Step::ConfigureDocker { settings, then } => docker::configure(cx, settings, *then).await,
         Step::HardenSshd { wanted, passwords } => {
             hardening::harden(cx.host.systemd().await?, wanted, *passwords).await
         }
@@ -390,20 +412,6 @@ async fn format_volume(
     format::format(&order, &device, &cx.host.ahead).await
 }
 
-/// Docker's units in the order in which they are stopped: the socket first, because it would start
-/// Docker again.
-pub const DOCKER_UNITS: [&str; 3] = ["docker.socket", "docker.service", "containerd.service"];
-
-async fn stop_docker(cx: &Context) -> Result<()> {
-    let systemd = cx.host.systemd().await?;
-    for unit in DOCKER_UNITS {
-        if systemd.unit(unit).await?.is_up() {
-            systemd.stop(unit, UNIT_DEADLINE).await?;
-        }
-    }
-    Ok(())
-}
-
 async fn stop_swap(cx: &Context, unit: &str, path: &str) -> Result<()> {
     // By the kernel's table alone: a swap that cannot be looked at any more can still be stopped.
     let used = swap::in_use()?.into_iter().find(|(name, _)| name == path).map(|(_, used)| used);
@@ -416,124 +424,6 @@ async fn stop_swap(cx: &Context, unit: &str, path: &str) -> Result<()> {
         available >> 20
     );
     cx.host.systemd().await?.stop(unit, UNIT_DEADLINE).await
-}
-
-/// That nothing of Docker's runs.
-async fn docker_is_down(systemd: &Systemd) -> Result<()> {
-    for unit in DOCKER_UNITS {
-        ensure!(!systemd.unit(unit).await?.is_up(), "{unit} is up again");
-    }
-    let containers = processes::containers()?;
-    ensure!(containers.is_empty(), "containers run: {}", containers.join(", "));
-    Ok(())
-}
-
-/// Nothing is mounted on or in a directory of Docker's afterwards: what containers left there is
-/// unmounted. The last first, and by systemd, so that every namespace sees it.
-async fn clear_mounts(systemd: &Systemd, directory: &Path) -> Result<()> {
-    ensure!(mounts::at(directory)?.is_empty(), "something is mounted on {}", directory.display());
-    for mount in mounts::all()?.into_iter().rev() {
-        let point = Path::new(&mount.mount_point);
-        if !point.starts_with(directory) {
-            continue;
-        }
-        ensure!(
-            NOT_ON_DISK.contains(&mount.fs_type.as_str()),
-            "{} is mounted from the device {} inside of {}; unmount it, and see what mounts it",
-            mount.mount_point,
-            mount.device,
-            directory.display()
-        );
-        systemd.stop(&mounts::unit_name(point, "mount"), UNIT_DEADLINE).await?;
-    }
-    Ok(())
-}
-
-/// That no process uses a directory.
-fn is_idle(directory: &Path) -> Result<()> {
-    let users = processes::users_of(directory)?;
-    ensure!(users.is_empty(), "{} is in use: {}", directory.display(), users.join("; "));
-    Ok(())
-}
-
-/// Where the link leads is looked at again by what replaces it; here, that nothing uses what is there.
-async fn replace_link(cx: &Context, place: &Place) -> Result<()> {
-    let device = volume::find_again(cx, &place.volumes).await?.number();
-    let systemd = cx.host.systemd().await?;
-    docker_is_down(systemd).await?;
-    if let Some(Link { leads: Leads::Beside(real), .. }) = link::look(place, Some(device))? {
-        clear_mounts(systemd, &real).await?;
-    }
-    let place = place.clone();
-    blocking(move || link::replace(&place, device, &is_idle)).await
-}
-
-/// The step after which Docker's data is elsewhere. That nothing of Docker's runs, uses the directory
-/// or is mounted in it is proven here; the rest, on what is on the disks, where it is moved.
-async fn migrate_storage(cx: &Context, place: &Place) -> Result<()> {
-    let device = volume::find_again(cx, &place.volumes).await?.number();
-    let systemd = cx.host.systemd().await?;
-    docker_is_down(systemd).await?;
-    clear_mounts(systemd, &place.directory).await?;
-    let place = place.clone();
-    watched("docker-storage", move |progress| {
-        let idle = || is_idle(&place.directory);
-        migration::migrate(&place, device, &idle, progress)
-    })
-    .await
-}
-
-/// The other step that destroys data: only what is proven to be on the confirmed volume, and in use.
-async fn erase_migrated(cx: &Context, place: &Place) -> Result<()> {
-    let device = volume::find_again(cx, &place.volumes).await?.number();
-    // Both directories are mounted from the volume that EC2 confirmed for this instance.
-    gate::check(&cx.config.volume).context("the gate is closed")?;
-    let there = |path: &Path| -> Result<_> {
-        use std::os::unix::fs::MetadataExt as _;
-        let meta =
-            std::fs::metadata(path).with_context(|| format!("looking at {}", path.display()))?;
-        Ok((block::DevNum::of(meta.dev()), meta.ino()))
-    };
-    let (seen, target) = (there(&place.directory)?, there(&place.target)?);
-    ensure!(
-        seen == target && seen.0 == device,
-        "{} is not what is seen at {}",
-        place.target.display(),
-        place.directory.display()
-    );
-    let place = place.clone();
-    watched("docker-storage", move |progress| migration::erase(&place, device, progress)).await
-}
-
-/// How long work of no known length may make no progress. A flush of all memory to a slow volume makes
-/// none either.
-const STALLED: Duration = Duration::from_secs(900);
-
-/// Between two lines about progress.
-const SAY_EVERY: Duration = Duration::from_secs(5);
-
-/// Does long work in a thread, says how far it is, and gives it up when it stands still.
-async fn watched<T: Send + 'static>(
-    control: &'static str,
-    work: impl FnOnce(&Progress) -> Result<T> + Send + 'static,
-) -> Result<T> {
-    let progress = Arc::new(Progress::default());
-    let shared = Arc::clone(&progress);
-    let mut thread = tokio::task::spawn_blocking(move || work(&shared));
-    let (mut moves, mut since) = (0, Instant::now());
-    loop {
-        tokio::select! {
-            result = &mut thread => return result.context("the work ended without a result")?,
-            () = sleep(SAY_EVERY) => {}
-        }
-        if progress.moves() != moves {
-            (moves, since) = (progress.moves(), Instant::now());
-            info!(control, "{}", progress.text());
-        } else if since.elapsed() > STALLED {
-            progress.cancel();
-            bail!("{}: no progress for {} s", progress.text(), STALLED.as_secs());
-        }
-    }
 }
 
 fn prepare_mount_point(path: &Path) -> Result<()> {

@@ -112,6 +112,7 @@ struct FileRoot {
 struct FileDocker {
     migrate: Option<Migrate>,
     allowed_mounts: Option<Vec<HostPath>>,
+    daemon: Option<Hardening>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -179,6 +180,7 @@ impl Config {
         set(&mut self.root.encryption, root.encryption);
         set(&mut self.docker.migrate, docker.migrate);
         set(&mut self.docker.allowed_mounts, docker.allowed_mounts);
+        set(&mut self.docker.daemon, docker.daemon);
         set(&mut self.sshd.port, sshd.port);
         set(&mut self.sshd.hardening, sshd.hardening);
         let text = |name: Option<Name>| name.map(|n| Some(n.0));
@@ -399,6 +401,7 @@ mod tests {
             ("[sshd]\nport = 70000\n", "/f.toml:2: sshd.port: 70000 is not a TCP port"),
             ("[sshd]\nport = \"2222\"\n", "/f.toml:2: sshd.port: invalid type: string"),
             ("[sshd]\nhardening = true\n", "/f.toml:2: sshd.hardening: wanted string"),
+            ("[docker]\ndaemon = false\n", "/f.toml:2: docker.daemon: wanted string"),
             ("[sshd]\nhardening = \"on\"\n", ":2: sshd.hardening: unknown variant `on`"),
             ("[sshd]\n\nprot = 1\n", "/f.toml:3: sshd.prot: unknown field `prot`"),
             ("colour = 1\n", "/f.toml:1: colour: unknown field `colour`"),

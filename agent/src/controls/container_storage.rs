@@ -68,9 +68,9 @@ impl Control for ContainerStorage {
         why: "A directory of the host that is mounted into a container takes what the container \
               writes past the encrypted volume, wherever Docker keeps its own data.",
         requires: &["data-mount"],
-        // Looked at when Docker is where it is to be; but what a container has mounted is named also
-        // where that cannot be reached.
-        acts_after: &["docker-storage"],
+        // Looked at when Docker is where it is to be, and is not restarted any more; but what a
+        // container has mounted is named also where that cannot be reached.
+        acts_after: &["docker-storage", "docker-daemon"],
     };
 
     async fn observe(&self, cx: &Context) -> Facts {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::unit_path;
+use super::{docker_daemon, unit_path};
 use crate::config::Config;
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
 use crate::gate::{self, STORAGE};
@@ -17,6 +17,7 @@ use crate::host::beneath::{self, Hidden};
 use crate::host::block::{DevNum, Volumes};
 use crate::host::device::DataDevice;
 use crate::host::docker::{self, HeldFile, Storage};
+use crate::host::dockerd::{self, AtStart};
 use crate::host::link::{Leads, Link};
 use crate::host::migration::{self, Found, Place, Space};
 use crate::host::mounts::{self, Mount, unit_name};
@@ -50,6 +51,8 @@ pub struct Facts {
     pub daemons: Vec<Daemon>,
     /// `docker.socket`, which starts Docker by itself.
     pub socket: Fact<Unit>,
+    /// What Docker would be started with; none where that is not to be changed.
+    pub at_start: Fact<Option<AtStart>>,
     /// What there is of a Docker that is installed as a snap, if there is one.
     pub snap: Fact<Option<String>>,
 }
@@ -84,8 +87,9 @@ pub struct Daemon {
     pub held: Fact<Option<Vec<HeldFile>>>,
 }
 
-const DAEMONS: [&str; 2] = ["containerd.service", "docker.service"];
-const SOCKET: &str = "docker.socket";
+const DAEMONS: [&str; 2] = ["containerd.service", DOCKER];
+const DOCKER: &str = dockerd::SERVICE;
+const SOCKET: &str = dockerd::SOCKET;
 
 impl Control for DockerStorage {
     type Facts = Facts;
@@ -146,6 +150,7 @@ impl Control for DockerStorage {
             space,
             daemons,
             socket: loaded(systemd.as_ref(), SOCKET).await,
+            at_start: docker_daemon::before_start(cx).await,
             snap: snap(systemd.as_ref()).await,
         }
     }
@@ -293,16 +298,21 @@ impl Control for DockerStorage {
             // The storage is in place, and still the gate would not let Docker start.
             return Ok(Plan::refuse(format!("the gate is closed: {why}")));
         }
+        let mut docker_starts = false;
         for daemon in &facts.daemons {
             let unit = daemon.unit.known()?;
             let was_up = misplaced && unit.is_up();
             if was_up || (daemon.is_wanted() && unit.active_state != "active") {
-                steps.push(Step::StartUnit { unit: daemon.name.to_owned() });
+                steps.push(match daemon.name {
+                    // Once, with all that is asked of it.
+                    DOCKER => docker_daemon::start(&facts.at_start),
+                    name => Step::StartUnit { unit: name.to_owned() },
+                });
+                docker_starts |= daemon.name == DOCKER;
             }
         }
         // docker.service brings its socket.
-        let docker = Step::StartUnit { unit: DAEMONS[1].to_owned() };
-        if socket_is_missing(facts)? && !steps.contains(&docker) {
+        if socket_is_missing(facts)? && !docker_starts {
             steps.push(Step::StartUnit { unit: SOCKET.to_owned() });
         }
         // The old copy goes last: when Docker has come up on the new one.

@@ -8,6 +8,7 @@ pub mod data_filesystem;
 pub mod data_mount;
 pub mod data_size;
 pub mod data_volume;
+pub mod docker_daemon;
 pub mod docker_storage;
 pub mod instance_tenancy;
 pub mod root_volume;

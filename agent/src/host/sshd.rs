@@ -18,14 +18,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use procfs::net::TcpState;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::command;
 use super::systemd::Unit;
+use super::{command, sockets};
 
 /// Our file among sshd's. sshd reads `sshd_config.d/*.conf` before the rest of its configuration.
 pub const DROP_IN: &str = "/etc/ssh/sshd_config.d/10-hostagent.conf";
@@ -242,17 +241,13 @@ impl Owners {
 
 /// What listens on `port`, on whichever address, and whether it is sshd's.
 pub fn listeners(port: u16, owners: &Owners) -> Result<Vec<Listener>> {
-    let mut entries = procfs::net::tcp().context("reading /proc/net/tcp")?;
-    // A kernel without IPv6 has no such file.
-    if has_ipv6() {
-        entries.extend(procfs::net::tcp6().context("reading /proc/net/tcp6")?);
-    }
-    entries.retain(|e| e.state == TcpState::Listen && e.local_address.port() == port);
+    let mut entries = sockets::listening()?;
+    entries.retain(|e| e.local_address.port() == port);
     if entries.is_empty() {
         return Ok(Vec::new());
     }
-    let own = if owners.main_pid == 0 { Vec::new() } else { sockets_of(owners.main_pid)? };
-    let first = if owners.socket.is_empty() { Vec::new() } else { sockets_of(1)? };
+    let own = if owners.main_pid == 0 { Vec::new() } else { sockets::held_by(owners.main_pid)? };
+    let first = if owners.socket.is_empty() { Vec::new() } else { sockets::held_by(1)? };
     let owned = |address: &SocketAddr, inode: u64| {
         own.contains(&inode) || (owners.socket.contains(address) && first.contains(&inode))
     };
@@ -260,24 +255,6 @@ pub fn listeners(port: u16, owners: &Owners) -> Result<Vec<Listener>> {
         .into_iter()
         .map(|e| Listener { address: e.local_address, owned: owned(&e.local_address, e.inode) })
         .collect())
-}
-
-/// Whether the kernel has IPv6.
-fn has_ipv6() -> bool {
-    Path::new("/proc/net/tcp6").exists()
-}
-
-/// The inodes of the sockets that a process holds open.
-fn sockets_of(pid: u32) -> Result<Vec<u64>> {
-    let doing = || format!("listing the sockets of process {pid}");
-    let mut inodes = Vec::new();
-    for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).with_context(doing)? {
-        // A descriptor may be closed between the listing and the look.
-        let Ok(target) = std::fs::read_link(entry.with_context(doing)?.path()) else { continue };
-        let inode = target.to_str().and_then(|t| t.strip_prefix("socket:[")?.strip_suffix(']'));
-        inodes.extend(inode.and_then(|text| text.parse::<u64>().ok()));
-    }
-    Ok(inodes)
 }
 
 #[cfg(test)]

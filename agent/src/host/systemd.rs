@@ -89,6 +89,17 @@ pub struct ExecCommand {
     pub ignore_failure: bool,
 }
 
+/// How a service is started.
+#[derive(Debug)]
+pub struct StartCommand {
+    /// The words of the command line; none for a unit that does not exist.
+    pub argv: Vec<String>,
+    /// `Environment=`, each as `NAME=value`.
+    pub environment: Vec<String>,
+    /// `EnvironmentFile=`, each with whether its absence is ignored.
+    pub environment_files: Vec<(String, bool)>,
+}
+
 impl Unit {
     /// Whether there is such a unit.
     #[must_use]
@@ -182,6 +193,31 @@ impl Systemd {
             is.bind_ipv6_only = take(&mut own, "BindIPv6Only").with_context(doing)?;
         }
         Ok(is)
+    }
+
+    /// How a service is started: the words of its first `ExecStart=`, with variables as they stand
+    /// there, and where these come from. Not a part of [`Unit`], which is shown: a variable may be a
+    /// secret.
+    pub async fn start_command(&self, name: &str) -> Result<StartCommand> {
+        let read = async {
+            let path = self.manager.load_unit(name).await?;
+            let properties = zbus::fdo::PropertiesProxy::builder(&self.connection)
+                .destination("org.freedesktop.systemd1")
+                .path(path)
+                .build()
+                .await?;
+            let service = "org.freedesktop.systemd1.Service";
+            Ok(properties.get_all(zbus::names::InterfaceName::from_static_str(service)?).await?)
+        };
+        let doing = || format!("asking systemd how {name} is started");
+        let mut own = within(read).await.with_context(doing)?;
+        let commands: Vec<ExecTuple> = take(&mut own, "ExecStart").with_context(doing)?;
+        let argv = commands.into_iter().next().map(|command| command.1).unwrap_or_default();
+        Ok(StartCommand {
+            argv,
+            environment: take(&mut own, "Environment").with_context(doing)?,
+            environment_files: take(&mut own, "EnvironmentFiles").with_context(doing)?,
+        })
     }
 
     /// The names of the units that PID 1 has in memory and that match a shell pattern.

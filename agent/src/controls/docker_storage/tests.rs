@@ -1,5 +1,6 @@
 use super::*;
 use crate::config::Migrate;
+use crate::host::dockerd::Written;
 use crate::host::migration::Left;
 use crate::host::tree::Usage;
 use anyhow::anyhow;
@@ -74,6 +75,7 @@ fn fresh() -> Facts {
         space: Fact::new("t", Ok(None)),
         daemons: DAEMONS.map(daemon).into(),
         socket: Fact::new("t", Ok(unit("active", "enabled"))),
+        at_start: Fact::new("t", Ok(None)),
         snap: Fact::new("t", Ok(None)),
     }
 }
@@ -156,6 +158,25 @@ fn docker_is_started_only_through_an_open_gate() {
     assert_eq!(plan(&mounted), ["start containerd.service", "start docker.service"]);
     mounted.gate = Fact::new("t", Err(anyhow!("daemon.json sets data-root")));
     assert!(plan(&mounted)[0].starts_with("refuse: the gate is closed"));
+}
+
+#[test]
+fn docker_is_started_once_with_what_is_asked_of_it() {
+    let written = Written {
+        path: "/etc/docker/daemon.json".into(),
+        settings: std::collections::BTreeMap::default(),
+        changed: None,
+    };
+    let mut facts = fresh();
+    facts.at_start = Fact::new("t", Ok(Some(AtStart { flags: vec![], written, swarm: false })));
+    facts.socket = Fact::new("t", Ok(unit("inactive", "enabled")));
+    let steps = plan(&facts);
+    let of_docker: Vec<_> = steps.iter().filter(|step| step.contains("start docker.")).collect();
+    assert!(of_docker.len() == 1 && of_docker[0].starts_with("in Docker's configuration, set"));
+    assert_eq!(steps.last(), Some(of_docker[0]));
+    // What is not known is not changed, and keeps nothing from its place.
+    facts.at_start = Fact::new("t", Err(anyhow!("EIO")));
+    assert_eq!(plan(&facts).last().map(String::as_str), Some("start docker.service"));
 }
 
 type Break = fn(&mut Facts);

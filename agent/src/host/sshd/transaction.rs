@@ -18,10 +18,10 @@ use tracing::{info, warn};
 use super::lines::{self, Edit};
 use super::{
     Answer, DROP_IN, Effective, Owners, PRIVILEGE_SEPARATION, SERVICE, SOCKET, SOCKET_DROP_IN,
-    WELL_KNOWN, comes, effective, has_ipv6, knock, listeners, ports, tcp,
+    WELL_KNOWN, comes, effective, knock, listeners, ports, tcp,
 };
 use crate::host::systemd::{Systemd, Unit};
-use crate::host::{command, files};
+use crate::host::{command, files, sockets};
 
 /// How long sshd may take to answer after it was told to reload. Long: a busy, small instance.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
@@ -260,7 +260,7 @@ impl<'a> Transaction<'a> {
         let mut socket = self.systemd.unit(SOCKET).await?;
         if socket.is_up() || comes(&socket) {
             let mut wanted = effective.on(ports);
-            wanted.retain(|address| address.is_ipv4() || has_ipv6());
+            wanted.retain(|address| address.is_ipv4() || sockets::has_ipv6());
             // This is what runs a generator.
             self.systemd.reload_manager().await?;
             socket = self.systemd.unit(SOCKET).await?;

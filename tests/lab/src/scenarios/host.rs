@@ -21,7 +21,7 @@ pub(super) const GROUP: &str = "workers";
 pub(super) const HOOK: &str = "launch";
 
 /// All controls, in the order of the report.
-pub(super) const CONTROLS: [&str; 13] = [
+pub(super) const CONTROLS: [&str; 14] = [
     "instance-tenancy",
     "sshd-port",
     "sshd-hardening",
@@ -34,6 +34,7 @@ pub(super) const CONTROLS: [&str; 13] = [
     "data-mount",
     "data-size",
     "docker-storage",
+    "docker-daemon",
     "container-storage",
 ];
 

@@ -2,6 +2,7 @@
 
 mod boot;
 mod containers;
+mod daemon;
 mod destroy;
 mod faults;
 mod foreign;
@@ -219,6 +220,11 @@ pub const ALL: &[Scenario] = &[
         "data-root",
         "Docker that is told to keep its data elsewhere starts only if that is on the volume",
         refused::data_root,
+    ),
+    installed(
+        "docker-daemon",
+        "Docker's own configuration is put right in the operator's file, or put back, or named",
+        daemon::daemon,
     ),
     installed("snap", "Docker as a snap is recognised, and refused", refused::snap),
     installed(
