@@ -13,8 +13,10 @@ mod migration;
 mod ready;
 mod reboots;
 mod refused;
+mod remote;
 mod sshd;
 
+use crate::image::{DEFAULT_RELEASE, OLDEST_RELEASE};
 use crate::stage::{Stage, Start};
 use anyhow::Result;
 
@@ -24,6 +26,8 @@ pub struct Scenario {
     pub name: &'static str,
     /// What it shows, as one line.
     pub shows: &'static str,
+    /// The Debian release of its instance.
+    pub release: &'static str,
     /// What it starts from.
     pub start: Start,
     /// The scenario itself: it fails by returning an error.
@@ -36,7 +40,17 @@ const fn installed(
     shows: &'static str,
     run: fn(&mut Stage) -> Result<()>,
 ) -> Scenario {
-    Scenario { name, shows, start: Start::Installed, run }
+    Scenario { name, shows, release: DEFAULT_RELEASE, start: Start::Installed, run }
+}
+
+/// The same on the oldest release, where that differs: systemd 252, Docker 20.10, OpenSSH 9.2, Linux
+/// 6.1. Any scenario can be run there by hand, with `--release`.
+const fn on_oldest(
+    name: &'static str,
+    shows: &'static str,
+    run: fn(&mut Stage) -> Result<()>,
+) -> Scenario {
+    Scenario { release: OLDEST_RELEASE, ..installed(name, shows, run) }
 }
 
 /// All scenarios, in the order they run.
@@ -44,12 +58,14 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "boot",
         shows: "the lab itself: an instance with its identity, metadata service and NVMe disks",
+        release: DEFAULT_RELEASE,
         start: Start::Booted,
         run: boot::run,
     },
     Scenario {
         name: "cold-boot",
         shows: "user-data installs the package at the first boot, and the host becomes ready",
+        release: DEFAULT_RELEASE,
         start: Start::Cold,
         run: ready::cold_boot,
     },
@@ -213,6 +229,11 @@ pub const ALL: &[Scenario] = &[
         "sshd-hardening",
         "passwords end when somebody has a key; a Match block is not missed; report; undone",
         sshd::hardening,
+    ),
+    installed(
+        "remote-docker",
+        "Docker answers another machine over SSH on 2222, by a key, once the host is ready",
+        remote::remote,
     ),
     installed("impostor", "another server on sshd's port is not taken for sshd", refused::impostor),
     installed(
