@@ -17,6 +17,9 @@ pub const DEFAULT_RELEASE: &str = "trixie";
 /// has its name as suffix: scenarios, snapshots.
 pub const OLDEST_RELEASE: &str = "bookworm";
 
+/// The version of the C library that it has.
+pub const OLDEST_LIBC: (u32, u32) = (2, 36);
+
 /// The disk's size; it is sparse.
 const SIZE: &str = "8G";
 

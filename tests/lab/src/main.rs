@@ -102,7 +102,9 @@ fn run(what: What) -> Result<ExitCode> {
         What::Prepare => {
             host::prepare()?;
             package::cargo_deb()?;
-            snapshot::Snapshot::booted(&image::Image::of(image::DEFAULT_RELEASE)?)?;
+            for release in [image::DEFAULT_RELEASE, image::OLDEST_RELEASE] {
+                snapshot::Snapshot::booted(&image::Image::of(release)?)?;
+            }
         }
         What::Demo { deb } => demo::run(deb)?,
         What::Shell { command } => return demo::shell(&command),

@@ -181,6 +181,21 @@ fn scenarios(chosen: &[&Scenario], options: Options) -> Result<Count> {
     } else {
         Some(package::given_or_built(deb)?)
     };
+    let mut chosen = chosen.to_vec();
+    if let Some(package) = &package
+        && !package::fits_oldest(package)?
+    {
+        let before = chosen.len();
+        chosen.retain(|scenario| release(scenario) != image::OLDEST_RELEASE);
+        if chosen.len() < before {
+            say(format!(
+                "{} scenarios on Debian {} are left out: this package was built on a newer release, \
+                 and does not install there",
+                before - chosen.len(),
+                image::OLDEST_RELEASE
+            ));
+        }
+    }
     // Made before the clock of a scenario runs.
     let mut props = BTreeMap::new();
     for release in chosen.iter().map(|scenario| release(scenario)).collect::<BTreeSet<_>>() {
@@ -194,7 +209,7 @@ fn scenarios(chosen: &[&Scenario], options: Options) -> Result<Count> {
     let next = AtomicUsize::new(0);
     let count = Mutex::new(Count::default());
     std::thread::scope(|scope| {
-        for _ in 0..jobs.clamp(1, chosen.len()) {
+        for _ in 0..jobs.clamp(1, chosen.len().max(1)) {
             scope.spawn(|| {
                 while let Some(scenario) = chosen.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let passed = one(scenario, &props[&release(scenario)], evidence);

@@ -10,6 +10,7 @@ mod host;
 mod identity;
 mod leaks;
 mod migration;
+mod oldest;
 mod ready;
 mod reboots;
 mod refused;
@@ -73,6 +74,11 @@ pub const ALL: &[Scenario] = &[
         "ready",
         "a bare host becomes ready and says so; at most 3 EC2 calls",
         ready::becomes_ready,
+    ),
+    on_oldest(
+        "ready-bookworm",
+        "the same with Debian 12; and there containers, a hung Docker, its data-root, a cold boot",
+        oldest::ready,
     ),
     installed(
         "second-run",
@@ -170,6 +176,11 @@ pub const ALL: &[Scenario] = &[
         "what Docker had on the root disk is moved whole, and erased there",
         migration::migration,
     ),
+    on_oldest(
+        "migration-bookworm",
+        "the same with Docker 20.10 and Linux 6.1",
+        migration::migration,
+    ),
     installed(
         "migration-running",
         "a running container is stopped only where that is configured",
@@ -210,6 +221,7 @@ pub const ALL: &[Scenario] = &[
         "under Debian's ssh.socket sshd moves, with a session open, and stays so after a boot",
         sshd::socket,
     ),
+    on_oldest("sshd-socket-bookworm", "the same with OpenSSH 9.2 and systemd 252", sshd::socket),
     installed(
         "sshd-generator",
         "under Ubuntu's ssh.socket and a generator like Ubuntu's, and a drop-in against it",
@@ -220,6 +232,7 @@ pub const ALL: &[Scenario] = &[
         "ports and addresses in the operator's files are dealt with, and put back on a failure",
         sshd::lines,
     ),
+    on_oldest("sshd-lines-bookworm", "the same with OpenSSH 9.2", sshd::lines),
     installed(
         "sshd-cut",
         "after a power cut in the middle of the move sshd answers, and the next run finishes it",
