@@ -22,8 +22,8 @@ const SSH_CONFIG: &str = "Host patients-1\n    HostName 192.0.2.10\n    Port 222
 /// What README has its readers type once.
 const CONTEXT: &str = "docker context create patients-1 --docker host=ssh://patients-1";
 
-/// Long enough for a run in emulation.
-const RUN: Duration = Duration::from_secs(300);
+/// Long enough for a run in emulation, with a second instance beside it.
+const RUN: Duration = Duration::from_secs(600);
 
 pub(super) fn remote(stage: &mut Stage) -> Result<()> {
     let mut other = operators_machine(stage)?;
