@@ -18,6 +18,7 @@ use crate::host::sshd;
 use crate::host::sshd::accounts::{self, Accounts};
 use crate::host::sshd::hardening::{self, DROP_IN, Setting};
 use crate::host::sshd::lines::{self, Line};
+use crate::host::sshd::options;
 use crate::step::Step;
 
 /// See the module.
@@ -204,7 +205,9 @@ impl Control for SshdHardening {
             } else if wanted.iter().any(|setting| setting.keyword == wrong.rule.keyword) {
                 let keyword = wrong.rule.keyword;
                 refused.push(format!(
-                    "{keyword} is set by something that sshd reads before {DROP_IN}: remove it there"
+                    "{keyword} is set by something that sshd reads before {DROP_IN}, or by SSHD_OPTS \
+                     in {}: remove it there",
+                    options::DEFAULTS
                 ));
             } else if let Some(line) = lines.iter().find(set_by)
                 && LISTS.contains(&name.as_str())

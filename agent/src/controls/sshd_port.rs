@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::config::Config;
 use crate::control::{About, Context, Control, Fact, Plan, Seen, Unknown, Verdict};
 use crate::host::sshd::lines::{self, LISTEN_ADDRESS, LISTENING, Line};
+use crate::host::sshd::options::{self, Told};
 use crate::host::sshd::transaction::Change;
 use crate::host::sshd::{
     self, Answer, DROP_IN, Effective, LOOPBACKS, Listener, Owners, SERVICE, SOCKET, WELL_KNOWN,
@@ -28,6 +29,8 @@ pub struct Facts {
     pub effective: Fact<Effective>,
     /// The lines of its files, other than ours, that say where it listens.
     pub lines: Fact<Vec<Line>>,
+    /// The options of its command line that say where it listens.
+    pub options: Fact<Vec<Told>>,
     /// `ssh.service`, as systemd has it loaded.
     pub service: Fact<Unit>,
     /// `ssh.socket`, as systemd has it loaded.
@@ -87,10 +90,12 @@ impl Control for SshdPort {
             (Ok(service), Ok(socket)) => sshd::listeners(port, &Owners::of(service, socket)),
             (Err(e), _) | (_, Err(e)) => Err(anyhow::anyhow!("whose they are is unknown: {e:#}")),
         };
+        let options = options::told().map(|told| told.into_iter().filter(Told::listens).collect());
         let sockets = "/proc/net/tcp, /proc/net/tcp6, /proc/PID/fd";
         Facts {
             effective,
             lines: Fact::new("sshd_config", lines::elsewhere(DROP_IN, &LISTENING)),
+            options: Fact::new(options::DEFAULTS, options),
             answers,
             listeners: Fact::new(sockets, seen(port)),
             port_22: Fact::new(sockets, seen(WELL_KNOWN)),
@@ -106,6 +111,9 @@ impl Control for SshdPort {
         } else {
             format!("sshd on port {port}, nothing on port {WELL_KNOWN}")
         };
+        if by_connection(facts)? {
+            return Ok(Verdict::fail(expected, BY_CONNECTION, BY_SERVICE));
+        }
         if let Some(observed) = wrong_now(port, facts)? {
             return Ok(Verdict::fail(expected, observed, "run `hostagent provision`"));
         }
@@ -123,6 +131,9 @@ impl Control for SshdPort {
 
     fn plan(&self, config: &Config, facts: &Facts) -> Result<Plan, Unknown> {
         let port = config.sshd.port.get();
+        if by_connection(facts)? {
+            return Ok(Plan::refuse(format!("{BY_CONNECTION}: {BY_SERVICE}")));
+        }
         let (service, socket) = (facts.service.known()?, facts.socket.known()?);
         if !socket.is_up() && service.active_state != "active" {
             return Ok(match [socket, service].map(sshd::comes) {
@@ -147,9 +158,35 @@ impl Control for SshdPort {
                 address.port()
             )));
         }
+        let told = facts.options.known()?;
+        if !told.is_empty() {
+            return Ok(Plan::refuse(format!(
+                "sshd is told where to listen on its command line, which outdoes its files: take \
+                 {} out of SSHD_OPTS in {}, and restart ssh.service",
+                list(told),
+                options::DEFAULTS
+            )));
+        }
         let change = change(port, facts.effective.known()?, facts.lines.known()?);
         Ok(Plan::with_refusals(vec![Step::MoveSshd { change }], &not_enabled))
     }
+}
+
+const BY_CONNECTION: &str =
+    "ssh.socket starts an sshd for each connection (Accept=yes), which is not supported";
+const BY_SERVICE: &str =
+    "run `systemctl disable --now ssh.socket`, and then `systemctl enable --now ssh.service`";
+
+/// Whether `ssh.socket`, now or at the next boot, gives each connection a service of its own (Ubuntu
+/// 22.04's does). There `/run/sshd`, without which no sshd says what is in effect, goes with whichever
+/// connection ends, so that nothing could be relied on.
+fn by_connection(facts: &Facts) -> Result<bool, Unknown> {
+    let socket = facts.socket.known()?;
+    Ok(socket.accept && (socket.is_up() || sshd::comes(socket)))
+}
+
+fn list(told: &[Told]) -> String {
+    told.iter().map(|told| format!("`{told}`")).collect::<Vec<_>>().join(", ")
 }
 
 const NOT_ENABLED: &str = "neither ssh.service nor ssh.socket is started at the next boot";
@@ -219,7 +256,13 @@ fn wrong_at_boot(port: u16, facts: &Facts) -> Result<Option<String>, Unknown> {
     };
     let ports = facts.effective.known()?.ports();
     if ports != [port] {
-        return Ok(Some(format!("sshd is configured for {}", other(&ports))));
+        let told = facts.options.known()?;
+        let by = if told.is_empty() {
+            String::new()
+        } else {
+            format!(", by {} in {}", list(told), options::DEFAULTS)
+        };
+        return Ok(Some(format!("sshd is configured for {}{by}", other(&ports))));
     }
     let socket = facts.socket.known()?;
     if !socket.is_up() && !sshd::comes(socket) {
@@ -309,6 +352,7 @@ mod tests {
         Facts {
             effective: known(effective(&any.iter().map(|text| &**text).collect::<Vec<_>>())),
             lines: known(vec![]),
+            options: known(vec![]),
             service: known(unit("active", "enabled")),
             socket: socket("inactive", "disabled", &[22]),
             answers,
@@ -414,6 +458,36 @@ mod tests {
         let mut both = facts(&[22], Answer::Refused, Answer::Refused, true);
         both.service = known(super::tests::unit("active", "disabled"));
         assert_eq!(outcome(&both), ("fail", "move and refuse"));
+    }
+
+    #[test]
+    fn a_process_for_each_connection_is_refused_wherever_it_listens() {
+        let accepting = |active: &str, file: &str, ports: &[u16]| {
+            let mut facts = good();
+            let Ok(socket) = socket(active, file, ports).known().cloned() else { unreachable!() };
+            facts.socket = known(Unit { accept: true, ..socket });
+            outcome(&facts)
+        };
+        assert_eq!(accepting("active", "enabled", &[22]), ("fail", "refuse"));
+        assert_eq!(accepting("active", "enabled", &[2222]), ("fail", "refuse"));
+        assert_eq!(accepting("active", "disabled", &[2222]), ("fail", "refuse"));
+        assert_eq!(accepting("inactive", "enabled", &[2222]), ("fail", "refuse"));
+        // As Ubuntu 22.04 ships it.
+        assert_eq!(accepting("inactive", "disabled", &[22]), ("pass", "nothing"));
+    }
+
+    #[test]
+    fn what_outdoes_sshds_files_is_refused_unless_it_says_the_same() {
+        let told = |facts: Facts| {
+            let told = Told { flag: 'p', value: "22".into() };
+            outcome(&Facts { options: known(vec![told]), ..facts })
+        };
+        assert_eq!(told(facts(&[22], Answer::Refused, Answer::Refused, true)), ("fail", "refuse"));
+        assert_eq!(told(facts(&[22], banner(), banner(), false)), ("fail", "refuse"));
+        assert_eq!(told(good()), ("pass", "nothing"));
+        let unread = Fact::new("t", Err(anyhow!("unreadable")));
+        let wrong = facts(&[22], Answer::Refused, Answer::Refused, true);
+        assert_eq!(outcome(&Facts { options: unread, ..wrong }), ("fail", "refuse"));
     }
 
     #[test]

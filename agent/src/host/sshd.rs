@@ -1,6 +1,7 @@
 //! The SSH daemon: what it is configured to do, what truly answers, and whose the sockets are that
 //! listen. The change of its port is in [`transaction`], that of what it lets in in [`hardening`], the
-//! lines of its configuration in [`lines`], who can log in in [`accounts`].
+//! lines of its configuration in [`lines`], its command line in [`options`], who can log in in
+//! [`accounts`].
 //!
 //! Who listens differs. Under `ssh.service` it is sshd. Under `ssh.socket` it is PID 1, which gives
 //! its sockets to `ssh.service` at the first connection (Debian, Ubuntu since 22.10) or starts an
@@ -11,6 +12,7 @@
 pub mod accounts;
 pub mod hardening;
 pub mod lines;
+pub mod options;
 pub mod transaction;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -107,9 +109,8 @@ pub fn ports(addresses: &[SocketAddr]) -> Vec<u16> {
 /// Asks sshd for its effective configuration.
 pub async fn effective() -> Result<Effective> {
     // For a plain connection: where a Match block asks for one of these, sshd wants to know it.
-    let args = ["-T", "-C", "user=root,host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22"];
-    let output = command::run(command::SSHD, &args, Duration::from_secs(30)).await?;
-    parse_effective(&output.success()?)
+    let connection = "user=root,host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22";
+    parse_effective(&options::ask(connection).await?)
 }
 
 fn parse_effective(text: &str) -> Result<Effective> {

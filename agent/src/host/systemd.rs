@@ -72,6 +72,8 @@ pub struct Unit {
     pub listen: Vec<String>,
     /// `BindIPv6Only=`: `default`, `both` or `ipv6-only`; a socket's only.
     pub bind_ipv6_only: String,
+    /// `Accept=`: whether each connection gets a service of its own; a socket's only.
+    pub accept: bool,
     /// When the main process was started; a service's only, none if it never was.
     pub main_started: Option<Timestamp>,
 }
@@ -191,6 +193,7 @@ impl Systemd {
             let listen: Vec<(String, String)> = take(&mut own, "Listen").with_context(doing)?;
             is.listen = listen.into_iter().map(|(_, address)| address).collect();
             is.bind_ipv6_only = take(&mut own, "BindIPv6Only").with_context(doing)?;
+            is.accept = take(&mut own, "Accept").with_context(doing)?;
         }
         Ok(is)
     }

@@ -13,6 +13,13 @@ use std::process::Command;
 /// The Debian release of an instance unless another is asked for.
 pub const DEFAULT_RELEASE: &str = "trixie";
 
+/// The oldest Debian release that hostagent runs on. What is of a release other than the default one
+/// has its name as suffix: scenarios, snapshots.
+pub const OLDEST_RELEASE: &str = "bookworm";
+
+/// The version of the C library that it has.
+pub const OLDEST_LIBC: (u32, u32) = (2, 36);
+
 /// The disk's size; it is sparse.
 const SIZE: &str = "8G";
 
@@ -23,6 +30,7 @@ const RECIPE: &str = "1";
 #[derive(Debug, Clone)]
 pub struct Image {
     dir: PathBuf,
+    release: String,
 }
 
 impl Image {
@@ -31,7 +39,12 @@ impl Image {
         let assets = assets();
         let key = Key::new().with(RECIPE).with(release).with(SIZE).with_tree(&assets)?;
         let dir = cache::entry(&format!("images/{release}"), &key, |dir| build(release, dir))?;
-        Ok(Self { dir })
+        Ok(Self { dir, release: release.to_owned() })
+    }
+
+    /// The Debian release.
+    pub fn release(&self) -> &str {
+        &self.release
     }
 
     /// The raw disk. Never written to: instances run on overlays.

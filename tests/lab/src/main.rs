@@ -35,6 +35,9 @@ enum What {
         /// Test this .deb instead of building one
         #[arg(long, value_name = "FILE")]
         deb: Option<PathBuf>,
+        /// The Debian release of all instances, such as bookworm; by default each scenario's own
+        #[arg(long, value_name = "NAME")]
+        release: Option<String>,
         /// Show the journal, console and calls of scenarios that pass, too
         #[arg(long)]
         evidence: bool,
@@ -86,20 +89,22 @@ fn run(what: What) -> Result<ExitCode> {
     match what {
         What::Package { profile } => println!("{}", package::build(profile)?.display()),
         What::Test { list: true, .. } => runner::list(),
-        What::Test { jobs, deb, evidence, times, seed, filters, .. } => {
+        What::Test { jobs, deb, release, evidence, times, seed, filters, .. } => {
             // By default the time in milliseconds, without what is the same for days.
             let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
             let seed =
                 seed.unwrap_or(u64::from(now.subsec_millis()) + now.as_secs() % 1_000_000 * 1000);
             let cuts = Cuts { times, seed };
-            if !runner::run(&filters, runner::Options { jobs, deb, evidence, cuts })? {
+            if !runner::run(&filters, runner::Options { jobs, deb, release, evidence, cuts })? {
                 return Ok(ExitCode::FAILURE);
             }
         }
         What::Prepare => {
             host::prepare()?;
             package::cargo_deb()?;
-            snapshot::Snapshot::booted(&image::Image::of(image::DEFAULT_RELEASE)?)?;
+            for release in [image::DEFAULT_RELEASE, image::OLDEST_RELEASE] {
+                snapshot::Snapshot::booted(&image::Image::of(release)?)?;
+            }
         }
         What::Demo { deb } => demo::run(deb)?,
         What::Shell { command } => return demo::shell(&command),

@@ -3,10 +3,11 @@
 
 use crate::cache::{self, Key, workspace};
 use crate::command::{cargo, run, run_shown};
+use crate::image::OLDEST_LIBC;
 use crate::progress::Step;
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The version of cargo-deb, pinned: another one may lay the package out differently.
@@ -75,6 +76,20 @@ pub fn build(profile: Profile) -> Result<PathBuf> {
     Ok(workspace().join(path))
 }
 
+/// Whether a package can be installed on the oldest release: one that was built on a newer one may
+/// want a newer C library.
+pub fn fits_oldest(package: &Path) -> Result<bool> {
+    let depends = run(Command::new("dpkg-deb").arg("-f").arg(package).arg("Depends"))?;
+    Ok(libc_of(&depends).is_none_or(|needed| needed <= OLDEST_LIBC))
+}
+
+/// The version in `libc6 (>= 2.34), …`.
+fn libc_of(depends: &str) -> Option<(u32, u32)> {
+    let version = depends.split_once("libc6 (>= ")?.1.split_once(')')?.0;
+    let (major, minor) = version.split_once('.')?;
+    Some((major.parse().ok()?, minor.split('.').next()?.parse().ok()?))
+}
+
 /// The directory that cargo builds into.
 fn target_directory() -> Result<PathBuf> {
     let metadata =
@@ -106,4 +121,16 @@ pub fn cargo_deb() -> Result<PathBuf> {
         Ok(())
     })?;
     Ok(dir.join("bin/cargo-deb"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::libc_of;
+
+    #[test]
+    fn the_c_library_that_a_package_wants() {
+        assert_eq!(libc_of("libc6 (>= 2.34), libgcc-s1 (>= 4.2)"), Some((2, 34)));
+        assert_eq!(libc_of("systemd, libc6 (>= 2.3.6)"), Some((2, 3)));
+        assert_eq!(libc_of("systemd"), None);
+    }
 }

@@ -7,6 +7,7 @@ use crate::scenarios::{ALL, Scenario};
 use crate::stage::{Cuts, Props, Stage, Start};
 use crate::{cloud, host, image, package, snapshot};
 use anyhow::{Context as _, Result, ensure};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Read};
 use std::path::PathBuf;
@@ -40,6 +41,8 @@ pub struct Options {
     pub jobs: Option<usize>,
     /// The package to test; by default one is built.
     pub deb: Option<PathBuf>,
+    /// The Debian release of all instances, instead of each scenario's own.
+    pub release: Option<String>,
     /// Whether scenarios that pass show the journal, console and calls, too.
     pub evidence: bool,
     /// The power cuts of the scenarios that make some.
@@ -169,28 +172,47 @@ fn count_unittest(said: &str) -> Count {
 
 /// Runs scenarios, several side by side if asked to.
 fn scenarios(chosen: &[&Scenario], options: Options) -> Result<Count> {
-    let Options { jobs, deb, evidence, cuts } = options;
+    let Options { jobs, deb, release, evidence, cuts } = options;
     let jobs = jobs.unwrap_or_else(default_jobs);
+    let release = |scenario: &Scenario| release.as_deref().unwrap_or(scenario.release).to_owned();
     remove_old_work();
-    let image = image::Image::of(image::DEFAULT_RELEASE)?;
     let package = if chosen.iter().all(|scenario| scenario.start == Start::Booted) {
         None
     } else {
         Some(package::given_or_built(deb)?)
     };
-    // Made before the clock of a scenario runs.
-    snapshot::Snapshot::booted(&image)?;
-    if let Some(package) = &package {
-        snapshot::Snapshot::installed(&image, package)?;
+    let mut chosen = chosen.to_vec();
+    if let Some(package) = &package
+        && !package::fits_oldest(package)?
+    {
+        let before = chosen.len();
+        chosen.retain(|scenario| release(scenario) != image::OLDEST_RELEASE);
+        if chosen.len() < before {
+            say(format!(
+                "{} scenarios on Debian {} are left out: this package was built on a newer release, \
+                 and does not install there",
+                before - chosen.len(),
+                image::OLDEST_RELEASE
+            ));
+        }
     }
-    let props = Props { image, package, cuts };
+    // Made before the clock of a scenario runs.
+    let mut props = BTreeMap::new();
+    for release in chosen.iter().map(|scenario| release(scenario)).collect::<BTreeSet<_>>() {
+        let image = image::Image::of(&release)?;
+        snapshot::Snapshot::booted(&image)?;
+        if let Some(package) = &package {
+            snapshot::Snapshot::installed(&image, package)?;
+        }
+        props.insert(release, Props { image, package: package.clone(), cuts });
+    }
     let next = AtomicUsize::new(0);
     let count = Mutex::new(Count::default());
     std::thread::scope(|scope| {
-        for _ in 0..jobs.clamp(1, chosen.len()) {
+        for _ in 0..jobs.clamp(1, chosen.len().max(1)) {
             scope.spawn(|| {
                 while let Some(scenario) = chosen.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let passed = one(scenario, &props, evidence);
+                    let passed = one(scenario, &props[&release(scenario)], evidence);
                     let this = Count { passed: passed.into(), failed: (!passed).into() };
                     count.lock().unwrap_or_else(std::sync::PoisonError::into_inner).add(this);
                 }

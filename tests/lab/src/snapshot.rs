@@ -6,7 +6,7 @@ use crate::cache::{self, Key};
 use crate::cloud::{Cloud, FILES_URL, Instance};
 use crate::command::{run, tail};
 use crate::guest::Script;
-use crate::image::Image;
+use crate::image::{DEFAULT_RELEASE, Image};
 use crate::progress::Step;
 use crate::qemu::{self, Machine};
 use crate::vm::{BOOT, Vm};
@@ -37,7 +37,8 @@ pub struct Snapshot {
 impl Snapshot {
     /// The instance after its first boot.
     pub fn booted(image: &Image) -> Result<Self> {
-        let dir = cache::entry("snapshots/booted", &booted_key(image)?, |dir| boot(image, dir))?;
+        let dir =
+            cache::entry(&kind("booted", image), &booted_key(image)?, |dir| boot(image, dir))?;
         Ok(Self { dir, name: "booted" })
     }
 
@@ -45,14 +46,23 @@ impl Snapshot {
     pub fn installed(image: &Image, package: &Path) -> Result<Self> {
         let booted = Self::booted(image)?;
         let key = booted_key(image)?.with(HARDENED).with_file(package)?;
-        let dir =
-            cache::entry("snapshots/installed", &key, |dir| install(image, &booted, package, dir))?;
+        let dir = cache::entry(&kind("installed", image), &key, |dir| {
+            install(image, &booted, package, dir)
+        })?;
         Ok(Self { dir, name: "installed" })
     }
 
     /// Copies the disk with the state in it.
     pub fn copy_to(&self, disk: &Path) -> Result<()> {
         cache::copy_disk(&self.dir.join("disk.qcow2"), disk)
+    }
+}
+
+/// Where the snapshots of a name are in the cache.
+fn kind(name: &str, image: &Image) -> String {
+    match image.release() {
+        DEFAULT_RELEASE => format!("snapshots/{name}"),
+        other => format!("snapshots/{name}-{other}"),
     }
 }
 
@@ -71,7 +81,10 @@ pub fn overlay(image: &Image, disk: &Path) -> Result<()> {
 /// Boots an instance for the first time and saves it when it has come to rest.
 fn boot(image: &Image, dir: &Path) -> Result<()> {
     crate::cloud::python()?;
-    let step = Step::begin("booting an instance for the first time (two minutes in emulation)");
+    let step = Step::begin(format!(
+        "booting an instance for the first time, Debian {} (two minutes in emulation)",
+        image.release()
+    ));
     let work = tempfile::tempdir()?;
     let disk = dir.join("disk.qcow2");
     overlay(image, &disk)?;
@@ -94,7 +107,7 @@ pub fn booted(vm: &mut Vm) -> Result<()> {
     vm.guest.wait(BOOT)?;
     let patient = |text| Script::new(text).deadline(BOOT);
     // Status 2: done, with a warning that cloud-init gives for every EC2 without network metadata.
-    vm.guest.succeed(&patient("cloud-init status --wait >/dev/null; [ $? != 1 ]"))?;
+    vm.guest.succeed(&patient("cloud-init status --wait --long; [ $? != 1 ]"))?;
     vm.guest.succeed(&patient("systemctl is-system-running --wait || systemctl --failed")).map(drop)
 }
 
@@ -131,7 +144,8 @@ fn slim(vm: &mut Vm) -> Result<()> {
 
 /// Installs our package in a booted instance and saves that.
 fn install(image: &Image, booted: &Snapshot, package: &Path, dir: &Path) -> Result<()> {
-    let step = Step::begin("installing the package in an instance");
+    let step =
+        Step::begin(format!("installing the package in an instance, Debian {}", image.release()));
     let work = tempfile::tempdir()?;
     let disk = dir.join("disk.qcow2");
     booted.copy_to(&disk)?;

@@ -102,6 +102,27 @@ impl Vm {
         self.monitor.execute("device_add", &device).map(drop)
     }
 
+    /// Plugs a network card that leads to one other machine: a cable, whose ends are two machines that
+    /// name the same socket. The end that `listens` is plugged first. The guest sees the card by its
+    /// hardware address, and has to give it an address.
+    pub fn plug_cable(&mut self, socket: &Path, listens: bool, hardware: &str) -> Result<()> {
+        let cable = json!({
+            "type": "stream",
+            "id": "cable",
+            "server": listens,
+            "addr": { "type": "unix", "path": socket },
+        });
+        self.monitor.execute("netdev_add", &cable)?;
+        let card = json!({
+            "driver": "virtio-net-pci",
+            "id": "cable-card",
+            "netdev": "cable",
+            "mac": hardware,
+            "romfile": "",
+        });
+        self.monitor.execute("device_add", &card).map(drop)
+    }
+
     /// Makes a virtio disk larger under the running guest: the volume being modified.
     pub fn resize(&mut self, serial: &str, gibibytes: u32) -> Result<()> {
         let size = u64::from(gibibytes) << 30;

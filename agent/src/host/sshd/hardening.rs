@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep};
 use tracing::warn;
 
 use super::lines::matches;
-use super::{Answer, PRIVILEGE_SEPARATION, SERVICE, SOCKET, accounts, effective, knock};
+use super::{Answer, PRIVILEGE_SEPARATION, SERVICE, SOCKET, accounts, effective, knock, options};
 use crate::host::systemd::Systemd;
 use crate::host::{command, files};
 
@@ -41,8 +41,7 @@ pub struct Setting {
 /// value; the values of one that it says more than once are joined by spaces.
 pub async fn settings(user: &str) -> Result<BTreeMap<String, String>> {
     let with = format!("user={user},host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22");
-    let output = command::run(command::SSHD, &["-T", "-C", &with], Duration::from_secs(30)).await?;
-    let settings = parse(&output.success()?);
+    let settings = parse(&options::ask(&with).await?);
     ensure!(settings.contains_key("passwordauthentication"), "`sshd -T` says too little");
     Ok(settings)
 }
@@ -127,9 +126,11 @@ pub async fn harden(systemd: &Systemd, wanted: &[Setting], passwords: bool) -> R
         let settings = settings("root").await?;
         if let Some(unmet) = wanted.iter().find(|wanted| !holds(wanted, &settings)) {
             bail!(
-                "{} does not become {}: something is read before {DROP_IN}, or that is not included",
+                "{} does not become {}: something is read before {DROP_IN}, or {} outdoes it, or it \
+                 is not included",
                 unmet.keyword,
-                unmet.value
+                unmet.value,
+                options::DEFAULTS
             );
         }
         renew(systemd).await?;

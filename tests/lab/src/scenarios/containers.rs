@@ -47,7 +47,7 @@ fn expect(guest: &mut Guest, verdict: &str, words: &[&str]) -> Result<()> {
 }
 
 /// Containers of every kind on a ready host, of which each that leaves the volume is named.
-fn kinds(guest: &mut Guest, keeps: &str) -> Result<()> {
+pub(super) fn kinds(guest: &mut Guest, keeps: &str) -> Result<()> {
     guest.succeed(&Script::new(IMPORT).deadline(Duration::from_secs(120)))?;
     expect(guest, "pass", &["no container runs", keeps])?;
     guest.sh("mkdir -p /data/scratch /srv/records /srv/allowed && echo x > /srv/allowed/x")?;
@@ -166,6 +166,12 @@ pub(super) fn hung(stage: &mut Stage) -> Result<()> {
     host::provision(guest, RUN)?;
     guest.succeed(&Script::new(IMPORT).deadline(Duration::from_secs(120)))?;
     start(guest, "good", "-v records:/records")?;
+    hangs(stage)
+}
+
+/// The daemon hangs, on a ready host with one container that is all right.
+pub(super) fn hangs(stage: &mut Stage) -> Result<()> {
+    let guest = stage.guest()?;
     expect(guest, "pass", &["the 1 container that runs"])?;
     guest.sh("kill -STOP $(systemctl show -P MainPID docker.service)")?;
     let begun = Instant::now();

@@ -11,11 +11,14 @@ mod host;
 mod identity;
 mod leaks;
 mod migration;
+mod oldest;
 mod ready;
 mod reboots;
 mod refused;
+mod remote;
 mod sshd;
 
+use crate::image::{DEFAULT_RELEASE, OLDEST_RELEASE};
 use crate::stage::{Stage, Start};
 use anyhow::Result;
 
@@ -25,6 +28,8 @@ pub struct Scenario {
     pub name: &'static str,
     /// What it shows, as one line.
     pub shows: &'static str,
+    /// The Debian release of its instance.
+    pub release: &'static str,
     /// What it starts from.
     pub start: Start,
     /// The scenario itself: it fails by returning an error.
@@ -37,7 +42,17 @@ const fn installed(
     shows: &'static str,
     run: fn(&mut Stage) -> Result<()>,
 ) -> Scenario {
-    Scenario { name, shows, start: Start::Installed, run }
+    Scenario { name, shows, release: DEFAULT_RELEASE, start: Start::Installed, run }
+}
+
+/// The same on the oldest release, where that differs: systemd 252, Docker 20.10, OpenSSH 9.2, Linux
+/// 6.1. Any scenario can be run there by hand, with `--release`.
+const fn on_oldest(
+    name: &'static str,
+    shows: &'static str,
+    run: fn(&mut Stage) -> Result<()>,
+) -> Scenario {
+    Scenario { release: OLDEST_RELEASE, ..installed(name, shows, run) }
 }
 
 /// All scenarios, in the order they run.
@@ -45,12 +60,14 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "boot",
         shows: "the lab itself: an instance with its identity, metadata service and NVMe disks",
+        release: DEFAULT_RELEASE,
         start: Start::Booted,
         run: boot::run,
     },
     Scenario {
         name: "cold-boot",
         shows: "user-data installs the package at the first boot, and the host becomes ready",
+        release: DEFAULT_RELEASE,
         start: Start::Cold,
         run: ready::cold_boot,
     },
@@ -58,6 +75,11 @@ pub const ALL: &[Scenario] = &[
         "ready",
         "a bare host becomes ready and says so; at most 3 EC2 calls",
         ready::becomes_ready,
+    ),
+    on_oldest(
+        "ready-bookworm",
+        "the same with Debian 12; and there containers, a hung Docker, its data-root, a cold boot",
+        oldest::ready,
     ),
     installed(
         "second-run",
@@ -155,6 +177,11 @@ pub const ALL: &[Scenario] = &[
         "what Docker had on the root disk is moved whole, and erased there",
         migration::migration,
     ),
+    on_oldest(
+        "migration-bookworm",
+        "the same with Docker 20.10 and Linux 6.1",
+        migration::migration,
+    ),
     installed(
         "migration-running",
         "a running container is stopped only where that is configured",
@@ -195,6 +222,7 @@ pub const ALL: &[Scenario] = &[
         "under Debian's ssh.socket sshd moves, with a session open, and stays so after a boot",
         sshd::socket,
     ),
+    on_oldest("sshd-socket-bookworm", "the same with OpenSSH 9.2 and systemd 252", sshd::socket),
     installed(
         "sshd-generator",
         "under Ubuntu's ssh.socket and a generator like Ubuntu's, and a drop-in against it",
@@ -205,6 +233,7 @@ pub const ALL: &[Scenario] = &[
         "ports and addresses in the operator's files are dealt with, and put back on a failure",
         sshd::lines,
     ),
+    on_oldest("sshd-lines-bookworm", "the same with OpenSSH 9.2", sshd::lines),
     installed(
         "sshd-cut",
         "after a power cut in the middle of the move sshd answers, and the next run finishes it",
@@ -214,6 +243,11 @@ pub const ALL: &[Scenario] = &[
         "sshd-hardening",
         "passwords end when somebody has a key; a Match block is not missed; report; undone",
         sshd::hardening,
+    ),
+    installed(
+        "remote-docker",
+        "Docker answers another machine over SSH on 2222, by a key, once the host is ready",
+        remote::remote,
     ),
     installed("impostor", "another server on sshd's port is not taken for sshd", refused::impostor),
     installed(

@@ -241,23 +241,7 @@ pub(super) fn data_root(stage: &mut Stage) -> Result<()> {
     // The operator's file is left as it is.
     guest.sh("grep -q /srv/docker /etc/docker/daemon.json")?;
 
-    // Elsewhere on the volume is on the volume, also through a link, and before it is there.
-    guest.sh("ln -s /data /srv/link && \
-         echo '{\"data-root\": \"/srv/link/mine/docker\"}' > /etc/docker/daemon.json")?;
-    host::provision(stage.guest()?, RUN)?;
-    host::expect_ready(stage)?;
-    let guest = stage.guest()?;
-    guest.sh("test -d /data/mine/docker/overlay2")?;
-    // As it was told at the first start, and without links later.
-    let root = guest.sh("readlink -f $(docker info -f '{{.DockerRootDir}}')")?;
-    ensure!(root.trim() == "/data/mine/docker", "Docker's root directory is {root}");
-    // Where the link leads is what counts at the next start.
-    guest.sh("ln -sfn /srv/other /srv/link && mkdir /srv/other && ! hostagent gate")?;
-    guest.sh("! systemctl restart docker.service && ! test -e /srv/other/mine")?;
-
-    guest.sh("rm /etc/docker/daemon.json")?;
-    host::provision(stage.guest()?, RUN)?;
-    host::expect_ready(stage)?;
+    elsewhere(stage)?;
 
     // A disk mounted inside Docker's storage: what is written there leaves the volume.
     let guest = stage.guest()?;
@@ -274,6 +258,28 @@ pub(super) fn data_root(stage: &mut Stage) -> Result<()> {
     guest.sh("! test -e /run/hostagent/ready && ! systemctl is-active --quiet hostagent-ready.target")
         .context("the host is still called ready")
         .map(drop)
+}
+
+/// Docker's root directory is elsewhere on the volume, and then where it was again.
+pub(super) fn elsewhere(stage: &mut Stage) -> Result<()> {
+    let guest = stage.guest()?;
+    // That is on the volume, also through a link, and before it is there.
+    guest.sh("ln -s /data /srv/link && \
+         echo '{\"data-root\": \"/srv/link/mine/docker\"}' > /etc/docker/daemon.json")?;
+    host::provision(stage.guest()?, RUN)?;
+    host::expect_ready(stage)?;
+    let guest = stage.guest()?;
+    guest.sh("test -d /data/mine/docker/overlay2")?;
+    // As it was told at the first start, and without links later.
+    let root = guest.sh("readlink -f $(docker info -f '{{.DockerRootDir}}')")?;
+    ensure!(root.trim() == "/data/mine/docker", "Docker's root directory is {root}");
+    // Where the link leads is what counts at the next start.
+    guest.sh("ln -sfn /srv/other /srv/link && mkdir /srv/other && ! hostagent gate")?;
+    guest.sh("! systemctl restart docker.service && ! test -e /srv/other/mine")?;
+
+    guest.sh("rm /etc/docker/daemon.json")?;
+    host::provision(stage.guest()?, RUN)?;
+    host::expect_ready(stage)
 }
 
 pub(super) fn snap(stage: &mut Stage) -> Result<()> {

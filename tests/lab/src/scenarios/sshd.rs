@@ -66,8 +66,31 @@ pub(super) fn socket(stage: &mut Stage) -> Result<()> {
     guest.until("systemctl is-active ssh.socket", Duration::from_secs(60))?;
     // PID 1 listens, and nobody has connected yet.
     guest.sh("ss -ltnp | grep ':2222 ' | grep -q systemd && ! ss -ltn | grep -q ':22 '")?;
-    expect_moved(guest)
+    expect_moved(guest)?;
+
+    // Ubuntu 22.04's, with an sshd for each connection: refused, and left as it is.
+    guest.sh("systemctl stop ssh.socket ssh.service")?;
+    guest.write("/etc/systemd/system/ssh.socket", ACCEPTING_SOCKET.as_bytes())?;
+    guest.write("/etc/systemd/system/ssh@.service", ACCEPTED.as_bytes())?;
+    guest.sh("systemctl daemon-reload && systemctl start ssh.socket")?;
+    host::expect_sshd(guest, 2222, 22)?;
+    let verified = host::hostagent(guest, "verify --only sshd-port")?;
+    ensure!(verified.status == 1 && verified.stdout.contains("Accept=yes"), "{verified:?}");
+    let refused = move_sshd(guest)?;
+    ensure!(
+        refused.status == 1 && refused.stderr.contains("disable --now ssh.socket"),
+        "{refused:?}"
+    );
+    host::expect_sshd(guest, 2222, 22)
 }
+
+/// `ssh.socket` of Ubuntu 22.04, which is not enabled there, and the service for each connection.
+const ACCEPTING_SOCKET: &str = "[Unit]\nDescription=OpenBSD Secure Shell server socket\n\
+    Before=ssh.service\nConflicts=ssh.service\nConditionPathExists=!/etc/ssh/sshd_not_to_be_run\n\
+    [Socket]\nListenStream=22\nAccept=yes\n[Install]\nWantedBy=sockets.target\n";
+const ACCEPTED: &str = "[Unit]\nDescription=OpenBSD Secure Shell server per-connection daemon\n\
+    [Service]\nEnvironmentFile=-/etc/default/ssh\nExecStart=-/usr/sbin/sshd -i $SSHD_OPTS\n\
+    StandardInput=socket\nRuntimeDirectory=sshd\nRuntimeDirectoryMode=0755\n";
 
 /// What `sshd-socket-generator` of Ubuntu 24.04 (openssh 1:9.6p1-3ubuntu13.20) and 26.04 does: the
 /// addresses of sshd's configuration, if they are not the default ones, become the socket's. Like it,
@@ -133,6 +156,14 @@ pub(super) fn generator(stage: &mut Stage) -> Result<()> {
 pub(super) fn lines(stage: &mut Stage) -> Result<()> {
     let guest = prepared(stage)?;
     let original = guest.sh("cat /etc/ssh/sshd_config")?;
+
+    // A command line outdoes every file.
+    guest.sh(&format!("{} && systemctl restart ssh.service", options("-p 22")))?;
+    let refused = move_sshd(guest)?;
+    let why = "take `-p 22` out of SSHD_OPTS in /etc/default/ssh";
+    ensure!(refused.status == 1 && refused.stderr.contains(why), "{refused:?}");
+    host::expect_sshd(guest, 22, 2222)?;
+    guest.sh(&format!("{} && systemctl restart ssh.service", options("")))?;
     let session = Session::open(guest)?;
 
     // Ports add up, and ours outdoes this one: the file stays as it is.
@@ -188,6 +219,11 @@ pub(super) fn lines(stage: &mut Stage) -> Result<()> {
         .map(drop)
 }
 
+/// Sets what `ssh.service` has on sshd's command line.
+fn options(text: &str) -> String {
+    format!("sed -i 's/^SSHD_OPTS=.*/SSHD_OPTS=\"{text}\"/' /etc/default/ssh")
+}
+
 /// Passwords are turned off once somebody has a key, and what stands in the way is named.
 pub(super) fn hardening(stage: &mut Stage) -> Result<()> {
     let guest = prepared(stage)?;
@@ -237,6 +273,13 @@ pub(super) fn hardening(stage: &mut Stage) -> Result<()> {
     let seen = host::hostagent(guest, "verify --only sshd-hardening")?;
     ensure!(seen.status == 0 && seen.stdout.contains("WARNING"), "{seen:?}");
     guest.sh("rm /etc/hostagent/conf.d/report.toml && sed -i '/^Match User backup/,$d' /etc/ssh/sshd_config")?;
+
+    // On the command line of the next start.
+    guest.sh(&options("-o PasswordAuthentication=yes"))?;
+    let seen = host::hostagent(guest, "verify --only sshd-hardening")?;
+    let expected = "PasswordAuthentication is yes";
+    ensure!(seen.status == 1 && seen.stdout.contains(expected), "{seen:?}");
+    guest.sh(&options(""))?;
 
     // What is read before ours: the change does not take effect, and is undone.
     guest.sh(&format!(
