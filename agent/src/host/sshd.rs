@@ -25,8 +25,8 @@ use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use super::sockets;
 use super::systemd::Unit;
-use super::{command, sockets};
 
 /// Our file among sshd's. sshd reads `sshd_config.d/*.conf` before the rest of its configuration.
 pub const DROP_IN: &str = "/etc/ssh/sshd_config.d/10-hostagent.conf";

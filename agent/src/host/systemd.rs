@@ -12,6 +12,10 @@ use zbus::{OwnedObjectPath, OwnedVariant};
 /// How long a property or a short call may take.
 const CALL_DEADLINE: Duration = Duration::from_secs(15);
 
+/// How long reloading all units may take: it runs every generator, which takes seconds on a busy
+/// instance.
+const RELOAD_DEADLINE: Duration = Duration::from_secs(60);
+
 #[zbus::proxy(
     interface = "org.freedesktop.systemd1.Manager",
     default_service = "org.freedesktop.systemd1",
@@ -243,7 +247,9 @@ impl Systemd {
 
     /// Makes PID 1 read all unit files again.
     pub async fn reload_manager(&self) -> Result<()> {
-        within(self.manager.reload()).await.context("reloading systemd's units")
+        within_time(RELOAD_DEADLINE, self.manager.reload())
+            .await
+            .context("reloading systemd's units")
     }
 
     /// Starts a unit and waits for the job's end. A failure or a start limit from before is
@@ -330,8 +336,15 @@ where
 }
 
 async fn within<T>(call: impl Future<Output = zbus::Result<T>>) -> Result<T> {
-    match tokio::time::timeout(CALL_DEADLINE, call).await {
+    within_time(CALL_DEADLINE, call).await
+}
+
+async fn within_time<T>(
+    deadline: Duration,
+    call: impl Future<Output = zbus::Result<T>>,
+) -> Result<T> {
+    match tokio::time::timeout(deadline, call).await {
         Ok(result) => Ok(result?),
-        Err(_) => bail!("no answer within {} s", CALL_DEADLINE.as_secs()),
+        Err(_) => bail!("no answer within {} s", deadline.as_secs()),
     }
 }
