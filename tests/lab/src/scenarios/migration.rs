@@ -19,7 +19,7 @@ const SEED: &str = "a record of a patient from before";
 const TRUTH: &str = "cd /var/lib/docker/volumes/records/_data && \
     find . -printf '%p %y %m %U %G %T@ %n %s %l\\n' | sort && \
     find . -type f -exec sha256sum {} + | sort && \
-    docker diff writer | sort && docker cp -q writer:/record - | tar -xO";
+    docker diff writer | sort && docker cp writer:/record - | tar -xO";
 
 /// Fills Docker: an image, a container that has ended, and a volume. Returns what it wrote.
 fn fill(guest: &mut Guest) -> Result<String> {
