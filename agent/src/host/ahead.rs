@@ -61,6 +61,9 @@ impl Ahead {
         }
         let made = tokio::spawn(make_if_empty(device.clone(), filesystem, event));
         begun.push(Begun { device, filesystem, made });
+        drop(begun);
+        // There is one thread, and whoever calls has requests to prepare: mkfs goes first.
+        tokio::task::yield_now().await;
     }
 
     /// The image for a device, if it was begun and not given up: waits until it is made.

@@ -84,7 +84,7 @@ pub(super) fn remote(stage: &mut Stage) -> Result<()> {
 
     // By the name that README gives it: an image is sent there, and a container runs.
     operator.write("/root/.ssh/config", SSH_CONFIG.as_bytes())?;
-    operator.sh(&format!("export HOME=/root; {CONTEXT}"))?;
+    operator.sh(&format!("export HOME=/root; chmod 0600 /root/.ssh/config; {CONTEXT}"))?;
     operator.sh("mkdir -p /run/busybox/bin && cp /bin/busybox /run/busybox/bin/")?;
     operator.succeed(
         &Script::new(
