@@ -143,12 +143,7 @@ impl Systemd {
     /// What PID 1 has loaded of a unit; a unit that does not exist has the load state `not-found`.
     pub async fn unit(&self, name: &str) -> Result<Unit> {
         let read = async {
-            let path = self.manager.load_unit(name).await?;
-            let properties = zbus::fdo::PropertiesProxy::builder(&self.connection)
-                .destination("org.freedesktop.systemd1")
-                .path(path)
-                .build()
-                .await?;
+            let properties = self.properties(name).await?;
             let interface = |name: &'static str| zbus::names::InterfaceName::from_static_str(name);
             let all = properties.get_all(interface("org.freedesktop.systemd1.Unit")?).await?;
             let own = if name.ends_with(".service") {
@@ -202,17 +197,21 @@ impl Systemd {
         Ok(is)
     }
 
+    /// Where the properties of a unit are.
+    async fn properties(&self, name: &str) -> zbus::Result<zbus::fdo::PropertiesProxy<'static>> {
+        zbus::fdo::PropertiesProxy::builder(&self.connection)
+            .destination("org.freedesktop.systemd1")
+            .path(self.manager.load_unit(name).await?)
+            .build()
+            .await
+    }
+
     /// How a service is started: the words of its first `ExecStart=`, with variables as they stand
     /// there, and where these come from. Not a part of [`Unit`], which is shown: a variable may be a
     /// secret.
     pub async fn start_command(&self, name: &str) -> Result<StartCommand> {
         let read = async {
-            let path = self.manager.load_unit(name).await?;
-            let properties = zbus::fdo::PropertiesProxy::builder(&self.connection)
-                .destination("org.freedesktop.systemd1")
-                .path(path)
-                .build()
-                .await?;
+            let properties = self.properties(name).await?;
             let service = "org.freedesktop.systemd1.Service";
             Ok(properties.get_all(zbus::names::InterfaceName::from_static_str(service)?).await?)
         };

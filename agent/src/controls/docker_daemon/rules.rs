@@ -471,7 +471,9 @@ fn tcp(seen: &Seen) -> Result<Option<Wrong>, Unknown> {
         }
     }
     told.retain(|host| is_tcp(host));
-    let socket = seen.listen.iter().filter(|text| text.parse::<std::net::SocketAddr>().is_ok());
+    // What is no path and no abstract socket comes from a network, in whatever form it is written:
+    // `[::]:2375`, `[fe80::1%eth0]:2375`, `vsock:2:2375`.
+    let socket = seen.listen.iter().filter(|text| !text.starts_with(['/', '@']));
     told.extend(socket.cloned());
     match told.first() {
         Some(address) if !seen.asked("tlsverify", false)? => wrong(

@@ -462,9 +462,11 @@ fn docker_is_commanded_by_nobody_without_a_certificate() {
         assert_eq!(verdict.starts_with("pass"), fits, "{one} {two} {changes}: {verdict}");
         assert_eq!(plan.starts_with("refuse: Docker is told to listen"), !fits, "{plan}");
     }
-    let mut socket = good();
-    socket.socket = known(Unit { listen: vec!["[::]:2375".into()], ..unit("active") });
-    assert!(outcome(socket).0.contains("listen on [::]:2375"));
+    for address in ["[::]:2375", "[fe80::1%eth0]:2375", "vsock:2:2375"] {
+        let mut socket = good();
+        socket.socket = known(Unit { listen: vec![address.into()], ..unit("active") });
+        assert!(outcome(socket).0.contains(&format!("listen on {address}")), "{address}");
+    }
     // Whatever it was told, what answers is open; and what Docker holds for a container is not.
     let door = |open| Door { address: "0.0.0.0:2376".parse().unwrap(), open };
     let mut daemon = daemon(&file(json!({"hosts": ["tcp://:2376"], "tlsverify": true})));

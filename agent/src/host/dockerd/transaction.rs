@@ -58,6 +58,8 @@ pub async fn configure(
     let words = words_of_unit(systemd).await?;
     let path = config_path(&flags::parse(&words));
     let before = files::read_bytes(&path)?;
+    let leads_nowhere = before.is_none() && path.is_symlink();
+    ensure!(!leads_nowhere, "{} is a link that leads nowhere", path.display());
     if !settings.is_empty() {
         let text = changed(before.as_deref().unwrap_or_default(), settings)
             .with_context(|| format!("changing {}", path.display()))?;
