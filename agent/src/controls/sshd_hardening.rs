@@ -18,14 +18,14 @@ use crate::host::sshd;
 use crate::host::sshd::accounts::{self, Accounts};
 use crate::host::sshd::hardening::{self, DROP_IN, Setting};
 use crate::host::sshd::lines::{self, Line};
-use crate::host::sshd::options;
+use crate::host::sshd::options::{self, Told};
 use crate::step::Step;
 
 /// See the module.
 pub struct SshdHardening;
 
 /// What is observed; nothing of it where the control is off.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub struct Facts {
     /// The values in effect, of the keywords that are judged.
     pub settings: Option<Fact<BTreeMap<String, String>>>,
@@ -33,6 +33,10 @@ pub struct Facts {
     pub lines: Option<Fact<Vec<Line>>>,
     /// What our file says.
     pub ours: Option<Fact<Vec<Setting>>>,
+    /// What sshd is told on the command line of its next start.
+    pub options: Option<Fact<Vec<Told>>>,
+    /// What the sshd that runs was told, where that is something else.
+    pub running: Option<Fact<Option<Vec<Told>>>>,
     /// Who can log in; looked at only where passwords are to be turned off.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accounts: Option<Fact<Accounts>>,
@@ -137,7 +141,7 @@ impl Control for SshdHardening {
     };
 
     async fn observe(&self, cx: &Context) -> Facts {
-        let mut facts = Facts { settings: None, lines: None, ours: None, accounts: None };
+        let mut facts = Facts::default();
         if cx.config.sshd.hardening == Hardening::Off {
             return facts;
         }
@@ -147,7 +151,8 @@ impl Control for SshdHardening {
             sshd::wake(&socket).await;
         }
         let known = |name: &str| rule_of(name).is_some() || name == METHODS;
-        let settings = hardening::settings("root").await.map(|mut settings| {
+        let settings = async { hardening::settings(cx.host.systemd().await?, "root").await };
+        let settings = settings.await.map(|mut settings| {
             settings.retain(|name, _| known(name));
             settings
         });
@@ -159,12 +164,17 @@ impl Control for SshdHardening {
         facts.settings = Some(Fact::new("sshd -T", settings));
         facts.lines = Some(Fact::new("sshd_config", lines::elsewhere(DROP_IN, &keywords)));
         facts.ours = Some(Fact::new(DROP_IN, hardening::ours()));
+        let options = async { options::at_start(cx.host.systemd().await?).await };
+        facts.options = Some(Fact::new("the command line in ssh.service", options.await));
+        let running = async { options::running(cx.host.systemd().await?).await };
+        facts.running = Some(Fact::new("the command line of sshd", running.await));
         if let Ok(wrong) = wrong(&facts)
             && cx.config.sshd.hardening == Hardening::Enforce
             && wrong.iter().any(|wrong| wrong.rule.passwords)
         {
             let source = "/etc/passwd, /etc/shadow, authorized_keys, sudo -l";
-            facts.accounts = Some(Fact::new(source, accounts::look().await));
+            let accounts = async { accounts::look(cx.host.systemd().await?).await };
+            facts.accounts = Some(Fact::new(source, accounts.await));
         }
         facts
     }
@@ -173,11 +183,12 @@ impl Control for SshdHardening {
         if config.sshd.hardening == Hardening::Off {
             return Ok(Verdict::NotApplicable { why: "sshd.hardening is \"off\"".to_owned() });
         }
-        let wrong = wrong(facts)?;
-        if wrong.is_empty() {
+        let mut seen: Vec<String> = wrong(facts)?.into_iter().map(|wrong| wrong.seen).collect();
+        seen.extend(command_line(facts)?);
+        if seen.is_empty() {
             return Ok(Verdict::pass("sshd takes keys only, and offers no weak algorithm"));
         }
-        let seen = wrong.iter().map(|wrong| wrong.seen.clone()).collect::<Vec<_>>().join("; ");
+        let seen = seen.join("; ");
         Ok(match config.sshd.hardening {
             Hardening::Report => Verdict::pass(format!("WARNING: {seen}")),
             _ => Verdict::fail(
@@ -193,7 +204,7 @@ impl Control for SshdHardening {
         if config.sshd.hardening != Hardening::Enforce {
             return Ok(Plan::Nothing);
         }
-        let (mut wanted, mut refused) = (ours(facts)?.clone(), Vec::new());
+        let (mut wanted, mut refused) = (ours(facts)?.clone(), command_line(facts)?);
         let mut passwords = false;
         let mut changed = false;
         let lines = lines_of(facts)?;
@@ -205,9 +216,9 @@ impl Control for SshdHardening {
             } else if wanted.iter().any(|setting| setting.keyword == wrong.rule.keyword) {
                 let keyword = wrong.rule.keyword;
                 refused.push(format!(
-                    "{keyword} is set by something that sshd reads before {DROP_IN}, or by SSHD_OPTS \
-                     in {}: remove it there",
-                    options::DEFAULTS
+                    "{keyword} is set by something that sshd reads before {DROP_IN}, or by its command \
+                     line: remove it there; the latter is {}",
+                    options::WHERE
                 ));
             } else if let Some(line) = lines.iter().find(set_by)
                 && LISTS.contains(&name.as_str())
@@ -259,6 +270,27 @@ fn lines_of(facts: &Facts) -> Result<&Vec<Line>, Unknown> {
 
 fn ours(facts: &Facts) -> Result<&Vec<Setting>, Unknown> {
     facts.ours.as_ref().ok_or_else(not_looked_at)?.known()
+}
+
+/// What is wrong with the command line: what it sets is in effect, and judged, like the rest.
+fn command_line(facts: &Facts) -> Result<Vec<String>, Unknown> {
+    let mut wrong = Vec::new();
+    if let Some(file) =
+        options::other_file(facts.options.as_ref().ok_or_else(not_looked_at)?.known()?)
+    {
+        wrong.push(format!(
+            "sshd is told to read {file} instead of {}: take `-f {file}` out of {}",
+            lines::MAIN,
+            options::WHERE
+        ));
+    }
+    if let Some(told) = facts.running.as_ref().ok_or_else(not_looked_at)?.known()? {
+        let with = if told.is_empty() { "no option".to_owned() } else { options::list(told) };
+        wrong.push(format!(
+            "sshd runs with {with}, and would start with something else now: restart ssh.service"
+        ));
+    }
+    Ok(wrong)
 }
 
 /// A keyword's own name, in lower case.
@@ -357,6 +389,8 @@ mod tests {
             settings: Some(known(settings.collect())),
             lines: Some(known(lines)),
             ours: Some(known(vec![])),
+            options: Some(known(vec![])),
+            running: Some(known(None)),
             accounts: Some(known(Accounts::default())),
         }
     }
@@ -500,11 +534,15 @@ mod tests {
 
     #[test]
     fn what_cannot_be_seen_never_passes() {
-        let hide: [fn(&mut Facts); 4] = [
+        let hide: [fn(&mut Facts); 8] = [
             |f| f.settings = Some(unknown()),
             |f| f.settings = None,
             |f| f.lines = Some(unknown()),
             |f| f.lines = None,
+            |f| f.options = Some(unknown()),
+            |f| f.options = None,
+            |f| f.running = Some(unknown()),
+            |f| f.running = None,
         ];
         for (i, hide) in hide.into_iter().enumerate() {
             let mut facts = facts(&[], vec![]);
@@ -523,6 +561,23 @@ mod tests {
         let mut ours = facts(&[("x11forwarding", "yes")], vec![]);
         ours.ours = Some(unknown());
         assert_eq!(outcome(&ours), ("fail", "refuse".to_owned()));
+    }
+
+    #[test]
+    fn the_command_line_is_not_ours_to_change() {
+        let told = |flag, value: &str| Told { flag, value: value.into() };
+        let with = |options, running| Facts {
+            options: Some(known(options)),
+            running: Some(known(running)),
+            ..facts(&[], vec![])
+        };
+        // What it sets is in `sshd -T`; another file, and what was before, are not.
+        let yes = || told('o', "PasswordAuthentication=yes");
+        assert_eq!(outcome(&with(vec![yes()], None)).0, "pass");
+        let refused = ("fail", "refuse".to_owned());
+        assert_eq!(outcome(&with(vec![told('f', "/etc/other")], None)), refused);
+        assert_eq!(outcome(&with(vec![], Some(vec![yes()]))), refused);
+        assert_eq!(outcome(&with(vec![yes()], Some(vec![]))), refused);
     }
 
     #[test]

@@ -65,16 +65,13 @@ impl Control for SshdPort {
     };
 
     async fn observe(&self, cx: &Context) -> Facts {
-        let systemd = cx.host.systemd().await;
-        let unit = async |name| match &systemd {
-            Ok(systemd) => systemd.unit(name).await,
-            Err(e) => Err(anyhow::anyhow!("{e:#}")),
-        };
+        let unit = async |name| cx.host.systemd().await?.unit(name).await;
         let port = cx.config.sshd.port.get();
         if let Ok(socket) = unit(SOCKET).await {
             sshd::wake(&socket).await;
         }
-        let effective = Fact::new("sshd -T", sshd::effective().await);
+        let effective = async { sshd::effective(cx.host.systemd().await?).await };
+        let effective = Fact::new("sshd -T", effective.await);
         let doors = match &effective.seen {
             Seen::Value(effective) => effective.doors(port),
             Seen::Unknown(_) => LOOPBACKS.map(|ip| SocketAddr::new(ip, port)).to_vec(),
@@ -90,12 +87,13 @@ impl Control for SshdPort {
             (Ok(service), Ok(socket)) => sshd::listeners(port, &Owners::of(service, socket)),
             (Err(e), _) | (_, Err(e)) => Err(anyhow::anyhow!("whose they are is unknown: {e:#}")),
         };
-        let options = options::told().map(|told| told.into_iter().filter(Told::listens).collect());
+        let options = async { options::at_start(cx.host.systemd().await?).await };
+        let options = options.await.map(|told| told.into_iter().filter(Told::listens).collect());
         let sockets = "/proc/net/tcp, /proc/net/tcp6, /proc/PID/fd";
         Facts {
             effective,
             lines: Fact::new("sshd_config", lines::elsewhere(DROP_IN, &LISTENING)),
-            options: Fact::new(options::DEFAULTS, options),
+            options: Fact::new("the command line in ssh.service", options),
             answers,
             listeners: Fact::new(sockets, seen(port)),
             port_22: Fact::new(sockets, seen(WELL_KNOWN)),
@@ -162,9 +160,9 @@ impl Control for SshdPort {
         if !told.is_empty() {
             return Ok(Plan::refuse(format!(
                 "sshd is told where to listen on its command line, which outdoes its files: take \
-                 {} out of SSHD_OPTS in {}, and restart ssh.service",
-                list(told),
-                options::DEFAULTS
+                 {} out of {}, and restart ssh.service",
+                options::list(told),
+                options::WHERE
             )));
         }
         let change = change(port, facts.effective.known()?, facts.lines.known()?);
@@ -183,10 +181,6 @@ const BY_SERVICE: &str =
 fn by_connection(facts: &Facts) -> Result<bool, Unknown> {
     let socket = facts.socket.known()?;
     Ok(socket.accept && (socket.is_up() || sshd::comes(socket)))
-}
-
-fn list(told: &[Told]) -> String {
-    told.iter().map(|told| format!("`{told}`")).collect::<Vec<_>>().join(", ")
 }
 
 const NOT_ENABLED: &str = "neither ssh.service nor ssh.socket is started at the next boot";
@@ -260,7 +254,7 @@ fn wrong_at_boot(port: u16, facts: &Facts) -> Result<Option<String>, Unknown> {
         let by = if told.is_empty() {
             String::new()
         } else {
-            format!(", by {} in {}", list(told), options::DEFAULTS)
+            format!(", by {} in {}", options::list(told), options::WHERE)
         };
         return Ok(Some(format!("sshd is configured for {}{by}", other(&ports))));
     }

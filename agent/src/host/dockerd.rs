@@ -19,6 +19,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::command_line::{words_of_process, words_of_unit};
 use super::sshd::LOOPBACKS;
 use super::systemd::Systemd;
 use super::{engine_api, files, sockets};
@@ -111,18 +112,18 @@ fn config_path(flags: &[Flag]) -> PathBuf {
 
 /// The flags of the daemon that runs.
 pub fn flags_of_process(pid: u32) -> Result<Vec<Flag>> {
-    Ok(flags::kept(flags::parse(&flags::words_of_process(pid)?)))
+    Ok(flags::kept(flags::parse(&words_of_process(pid)?)))
 }
 
 /// The flags that the daemon's next start will have, as far as its unit tells.
 pub async fn flags_of_unit(systemd: &Systemd) -> Result<Vec<Flag>> {
-    Ok(flags::kept(flags::parse(&words_of_unit(systemd).await?)))
+    Ok(flags::kept(flags::parse(&words_of_unit(systemd, SERVICE).await?)))
 }
 
 /// The same of a unit that starts dockerd itself; none of one that has something else start it, which
 /// may add to them.
 pub async fn flags_at_next_start(systemd: &Systemd) -> Result<Option<Vec<Flag>>> {
-    let words = words_of_unit(systemd).await?;
+    let words = words_of_unit(systemd, SERVICE).await?;
     Ok(is_dockerd(&words).then(|| flags::kept(flags::parse(&words))))
 }
 
@@ -163,23 +164,6 @@ pub async fn at_start(systemd: &Systemd) -> Result<Option<AtStart>> {
     let written = written(&flags)?;
     let swarm = in_swarm(&flags, &written)?;
     Ok(Some(AtStart { flags, written, swarm }))
-}
-
-/// The command line of the daemon's next start.
-async fn words_of_unit(systemd: &Systemd) -> Result<Vec<String>> {
-    let command = systemd.start_command(SERVICE).await?;
-    let mut variables: BTreeMap<String, String> = BTreeMap::new();
-    for assignment in &command.environment {
-        if let Some((name, value)) = assignment.split_once('=') {
-            variables.insert(name.to_owned(), value.to_owned());
-        }
-    }
-    // Read after `Environment=`, and so outdoing it.
-    for (path, _) in &command.environment_files {
-        let text = files::read_optional(Path::new(path))?.unwrap_or_default();
-        variables.extend(flags::variables(&text));
-    }
-    Ok(flags::expand(&command.argv, &variables))
 }
 
 /// A TCP address on which the daemon listens.

@@ -6,6 +6,7 @@ pub mod beneath;
 pub mod block;
 pub mod chain;
 pub mod command;
+pub mod command_line;
 pub mod containers;
 pub mod content;
 pub mod device;

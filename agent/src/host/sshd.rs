@@ -26,7 +26,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::sockets;
-use super::systemd::Unit;
+use super::systemd::{Systemd, Unit};
 
 /// Our file among sshd's. sshd reads `sshd_config.d/*.conf` before the rest of its configuration.
 pub const DROP_IN: &str = "/etc/ssh/sshd_config.d/10-hostagent.conf";
@@ -107,10 +107,10 @@ pub fn ports(addresses: &[SocketAddr]) -> Vec<u16> {
 }
 
 /// Asks sshd for its effective configuration.
-pub async fn effective() -> Result<Effective> {
+pub async fn effective(systemd: &Systemd) -> Result<Effective> {
     // For a plain connection: where a Match block asks for one of these, sshd wants to know it.
     let connection = "user=root,host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22";
-    parse_effective(&options::ask(connection).await?)
+    parse_effective(&options::ask(systemd, connection).await?)
 }
 
 fn parse_effective(text: &str) -> Result<Effective> {

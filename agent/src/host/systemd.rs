@@ -41,6 +41,9 @@ trait Manager {
     ) -> zbus::Result<Vec<(String, String)>>;
     fn reset_failed_unit(&self, name: &str) -> zbus::Result<()>;
 
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn environment(&self) -> zbus::Result<Vec<String>>;
+
     #[zbus(signal)]
     fn job_removed(&self, id: u32, job: OwnedObjectPath, unit: String, result: String);
 }
@@ -100,7 +103,8 @@ pub struct ExecCommand {
 pub struct StartCommand {
     /// The words of the command line; none for a unit that does not exist.
     pub argv: Vec<String>,
-    /// `Environment=`, each as `NAME=value`.
+    /// The environment of PID 1 for its services and the unit's `Environment=`, which outdoes it, each
+    /// as `NAME=value`.
     pub environment: Vec<String>,
     /// `EnvironmentFile=`, each with whether its absence is ignored.
     pub environment_files: Vec<(String, bool)>,
@@ -218,10 +222,16 @@ impl Systemd {
         let doing = || format!("asking systemd how {name} is started");
         let mut own = within(read).await.with_context(doing)?;
         let commands: Vec<ExecTuple> = take(&mut own, "ExecStart").with_context(doing)?;
-        let argv = commands.into_iter().next().map(|command| command.1).unwrap_or_default();
+        // Its first word is what the program is told that it is called (`@` in systemd.service(5)).
+        let argv = commands.into_iter().next().map(|(program, mut argv, ..)| {
+            argv.splice(..argv.len().min(1), [program]);
+            argv
+        });
+        let mut environment = within(self.manager.environment()).await.with_context(doing)?;
+        environment.extend(take::<Vec<String>>(&mut own, "Environment").with_context(doing)?);
         Ok(StartCommand {
-            argv,
-            environment: take(&mut own, "Environment").with_context(doing)?,
+            argv: argv.unwrap_or_default(),
+            environment,
             environment_files: take(&mut own, "EnvironmentFiles").with_context(doing)?,
         })
     }

@@ -42,7 +42,7 @@ enum What {
         #[arg(long)]
         evidence: bool,
         /// How many times `power-cut` cuts the power
-        #[arg(long, value_name = "N", default_value_t = 6)]
+        #[arg(long, value_name = "N", default_value_t = 12)]
         times: usize,
         /// Cut at the moments that this number and those after it draw; random by default
         #[arg(long, value_name = "S")]

@@ -1,13 +1,6 @@
-//! What dockerd is told on its command line.
-//!
-//! The running daemon's is in `/proc`; that of the next start is in its unit, with what systemd puts
-//! in for variables (systemd.service(5), "Command lines"): Debian's has `$DOCKER_OPTS` from
-//! `/etc/default/docker`.
+//! What dockerd is told on its command line: on Debian, its unit has `$DOCKER_OPTS` from
+//! `/etc/default/docker` there.
 
-use std::collections::BTreeMap;
-use std::fs;
-
-use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 /// A flag that is set.
@@ -49,16 +42,6 @@ const KEPT: [&str; 13] = [
 /// Of `--log-opt`, what says how large a log becomes.
 const KEPT_OPTIONS: [&str; 2] = ["max-file=", "max-size="];
 
-/// The words of the command line of a process.
-pub fn words_of_process(pid: u32) -> Result<Vec<String>> {
-    let path = format!("/proc/{pid}/cmdline");
-    let bytes = fs::read(&path).with_context(|| format!("reading {path}"))?;
-    let text = String::from_utf8_lossy(&bytes);
-    // A process that is gone, or is about to be, has none.
-    ensure!(!text.is_empty(), "{path} is empty");
-    Ok(text.trim_end_matches('\0').split('\0').map(str::to_owned).collect())
-}
-
 /// The flags among the words of a command line, of which the first is the program.
 #[must_use]
 pub fn parse(words: &[String]) -> Vec<Flag> {
@@ -99,74 +82,6 @@ pub fn kept(flags: Vec<Flag>) -> Vec<Flag> {
     flags.into_iter().filter_map(shown).collect()
 }
 
-/// The words of a unit's command line, with its variables.
-#[must_use]
-pub fn expand(argv: &[String], variables: &BTreeMap<String, String>) -> Vec<String> {
-    let mut words = Vec::new();
-    for word in argv {
-        match word.strip_prefix('$').filter(|name| is_name(name)) {
-            // A variable of its own is split at white space; one that is not set is no word.
-            Some(name) => words.extend(split(variables.get(name).map_or("", String::as_str))),
-            None => words.push(within(word, variables)),
-        }
-    }
-    words
-}
-
-fn is_name(name: &str) -> bool {
-    !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
-}
-
-/// A word with `${NAME}` in it.
-fn within(word: &str, variables: &BTreeMap<String, String>) -> String {
-    let mut out = String::new();
-    let mut rest = word;
-    while let Some((before, after)) = rest.split_once("${") {
-        let Some((name, behind)) = after.split_once('}') else { break };
-        out += before;
-        out += variables.get(name).map_or("", String::as_str);
-        rest = behind;
-    }
-    out + rest
-}
-
-/// A text at its white space, outside of quotes.
-fn split(text: &str) -> Vec<String> {
-    let (mut words, mut word, mut quote) = (Vec::new(), None::<String>, None);
-    for c in text.chars() {
-        match quote {
-            Some(q) if c == q => quote = None,
-            None if c == '"' || c == '\'' => {
-                quote = Some(c);
-                word.get_or_insert_default();
-            }
-            None if c.is_whitespace() => words.extend(word.take()),
-            _ => word.get_or_insert_default().push(c),
-        }
-    }
-    words.extend(word);
-    words
-}
-
-/// The variables of an `EnvironmentFile=`.
-#[must_use]
-pub fn variables(text: &str) -> Vec<(String, String)> {
-    let mut found = Vec::new();
-    // A backslash at the end goes on with the next line.
-    for line in text.replace("\\\n", " ").lines().map(str::trim) {
-        if line.starts_with(['#', ';']) {
-            continue;
-        }
-        let Some((name, value)) = line.split_once('=') else { continue };
-        let value = value.trim();
-        let inner = ['"', '\'']
-            .iter()
-            .find_map(|q| value.strip_prefix(*q).and_then(|value| value.strip_suffix(*q)));
-        found.push((name.trim().to_owned(), inner.unwrap_or(value).to_owned()));
-    }
-    found
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -204,33 +119,5 @@ mod tests {
         let kept = kept(parse(&words(line)));
         let seen: Vec<_> = kept.iter().map(|f| (f.name.as_str(), f.value.as_str())).collect();
         assert_eq!(seen, [("log-opt", "…"), ("log-opt", "max-size=1m"), ("icc", "false")]);
-    }
-
-    #[test]
-    fn the_units_variables_are_put_in_as_systemd_does() {
-        let text = "# comment\nDOCKER_OPTS=\"-H tcp://:2375 --label 'a b'\"\nEMPTY=\nDIR='/x y'\n\
-                    LONG=--icc=false \\\n --debug\nnonsense\n";
-        let variables: BTreeMap<_, _> = variables(text).into_iter().collect();
-        let argv =
-            ["dockerd", "$DOCKER_OPTS", "$EMPTY", "$UNSET", "--data-root=${DIR}/d", "$LONG", "${"];
-        let seen = expand(&argv.map(str::to_owned), &variables);
-        let expected = [
-            "dockerd",
-            "-H",
-            "tcp://:2375",
-            "--label",
-            "a b",
-            "--data-root=/x y/d",
-            "--icc=false",
-            "--debug",
-            "${",
-        ];
-        assert_eq!(seen, expected);
-    }
-
-    #[test]
-    fn the_command_line_of_a_process_is_read() {
-        assert!(!words_of_process(std::process::id()).unwrap()[0].is_empty());
-        assert!(words_of_process(u32::MAX).is_err());
     }
 }

@@ -10,7 +10,8 @@ use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 
 use super::json::{Object, Setting};
-use super::{SERVICE, SOCKET, config_path, flags, is_dockerd, words_of_unit};
+use super::{SERVICE, SOCKET, config_path, flags, is_dockerd};
+use crate::host::command_line::words_of_unit;
 use crate::host::systemd::Systemd;
 use crate::host::{command, engine_api, files, processes};
 
@@ -55,7 +56,7 @@ pub async fn configure(
         let containers = processes::containers()?;
         ensure!(containers.is_empty(), "containers run: {}", containers.join(", "));
     }
-    let words = words_of_unit(systemd).await?;
+    let words = words_of_unit(systemd, SERVICE).await?;
     let path = config_path(&flags::parse(&words));
     let before = files::read_bytes(&path)?;
     let leads_nowhere = before.is_none() && path.is_symlink();

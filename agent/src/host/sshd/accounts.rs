@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
 use super::hardening::settings;
+use crate::host::systemd::Systemd;
 use crate::host::{command, files};
 
 /// What is known of the ways in.
@@ -66,12 +67,12 @@ impl Accounts {
 }
 
 /// Looks who can log in.
-pub async fn look() -> Result<Accounts> {
+pub async fn look(systemd: &Systemd) -> Result<Accounts> {
     let read = |path: &str| fs::read_to_string(path).with_context(|| format!("reading {path}"));
     let (passwd, shadow) = (read("/etc/passwd")?, read("/etc/shadow")?);
     let mut local = Vec::new();
     for entry in entries(&passwd, &shadow) {
-        let user = settings(&entry.name).await?;
+        let user = settings(systemd, &entry.name).await?;
         let key = key_of(&entry, user.get("authorizedkeysfile").map_or("", String::as_str))?;
         if key.is_none() && !entry.password {
             continue;

@@ -39,9 +39,9 @@ pub struct Setting {
 
 /// What `sshd -T` says is in effect for a user who connects: each keyword in lower case with its
 /// value; the values of one that it says more than once are joined by spaces.
-pub async fn settings(user: &str) -> Result<BTreeMap<String, String>> {
+pub async fn settings(systemd: &Systemd, user: &str) -> Result<BTreeMap<String, String>> {
     let with = format!("user={user},host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22");
-    let settings = parse(&options::ask(&with).await?);
+    let settings = parse(&options::ask(systemd, &with).await?);
     ensure!(settings.contains_key("passwordauthentication"), "`sshd -T` says too little");
     Ok(settings)
 }
@@ -104,12 +104,12 @@ fn holds(wanted: &Setting, settings: &BTreeMap<String, String>) -> bool {
 pub async fn harden(systemd: &Systemd, wanted: &[Setting], passwords: bool) -> Result<()> {
     let path = Path::new(DROP_IN);
     files::make_directories(Path::new(PRIVILEGE_SEPARATION), 0o755)?;
-    if passwords && let Err(why) = accounts::look().await?.way_in() {
+    if passwords && let Err(why) = accounts::look(systemd).await?.way_in() {
         bail!("passwords are not turned off: {why}");
     }
     let before = files::read_optional(path)?;
     let mut doors = Vec::new();
-    let now = effective().await?;
+    let now = effective(systemd).await?;
     for port in now.ports() {
         for door in now.doors(port) {
             if let Ok(Answer::Banner(_)) = knock(door).await {
@@ -123,14 +123,14 @@ pub async fn harden(systemd: &Systemd, wanted: &[Setting], passwords: bool) -> R
     try_out(&text).await?;
     let result = async {
         files::write_atomic(path, &text, 0o644)?;
-        let settings = settings("root").await?;
+        let settings = settings(systemd, "root").await?;
         if let Some(unmet) = wanted.iter().find(|wanted| !holds(wanted, &settings)) {
             bail!(
-                "{} does not become {}: something is read before {DROP_IN}, or {} outdoes it, or it \
-                 is not included",
+                "{} does not become {}: something is read before {DROP_IN}, or it is not included, or \
+                 the command line outdoes it: {}",
                 unmet.keyword,
                 unmet.value,
-                options::DEFAULTS
+                options::WHERE
             );
         }
         renew(systemd).await?;

@@ -1,20 +1,21 @@
-//! What sshd is told besides its files: the units of Debian and Ubuntu put `$SSHD_OPTS` from
-//! `/etc/default/ssh` on its command line (`sshd -D $SSHD_OPTS`), where it outdoes every file.
-//! `sshd -T` knows of it only if it is told the same.
+//! What sshd is told besides its files, on its command line, where it outdoes every file: the units of
+//! Debian and Ubuntu have `$SSHD_OPTS` from `/etc/default/ssh` there (`sshd -D $SSHD_OPTS`), and a
+//! drop-in may have anything. `sshd -T` knows of it only if it is told the same.
 
-use std::path::Path;
+use std::fs;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::host::{command, files};
+use super::{SERVICE, lines};
+use crate::host::command;
+use crate::host::command_line::{words_of_process, words_of_unit};
+use crate::host::systemd::Systemd;
 
-/// Where the options are set.
-pub const DEFAULTS: &str = "/etc/default/ssh";
-
-/// The variable there.
-const VARIABLE: &str = "SSHD_OPTS";
+/// Where to look for what is on the command line.
+pub const WHERE: &str =
+    "SSHD_OPTS in /etc/default/ssh, or ExecStart= of ssh.service (`systemctl cat ssh.service`)";
 
 /// The flags that stand for something in the configuration (sshd(8)).
 const CONFIGURING: &str = "46Ccfhop";
@@ -56,15 +57,73 @@ impl Told {
     }
 }
 
-/// What `/etc/default/ssh` has for the next start of sshd.
-pub fn told() -> Result<Vec<Told>> {
-    Ok(parse(&files::read_optional(Path::new(DEFAULTS))?.unwrap_or_default()))
+/// What sshd is told at its next start. An error where that cannot be seen: where something else than
+/// [`command::SSHD`] is started, and where systemd has not read what is in the unit's files.
+pub async fn at_start(systemd: &Systemd) -> Result<Vec<Told>> {
+    Ok(parse(&words_at_start(systemd).await?))
+}
+
+async fn words_at_start(systemd: &Systemd) -> Result<Vec<String>> {
+    let words = words_of_unit(systemd, SERVICE).await?;
+    let Some(program) = words.first() else { return Ok(words) };
+    let real = |path: &str| fs::canonicalize(path).with_context(|| format!("looking for {path}"));
+    ensure!(
+        real(program)? == real(command::SSHD)?,
+        "{SERVICE} starts {program}; what it tells sshd cannot be seen"
+    );
+    ensure!(
+        !systemd.unit(SERVICE).await?.need_daemon_reload,
+        "the files of {SERVICE} changed since systemd read them; run `systemctl daemon-reload`"
+    );
+    Ok(words)
+}
+
+/// What the sshd that runs was told, where it is something else than at the next start; none also
+/// where none runs.
+pub async fn running(systemd: &Systemd) -> Result<Option<Vec<Told>>> {
+    let at_start = words_at_start(systemd).await?;
+    let pid = systemd.unit(SERVICE).await?.main_pid;
+    if pid == 0 {
+        return Ok(None);
+    }
+    let words = words_of_title(&words_of_process(pid)?)?;
+    let running = parse(&words);
+    // The title does not tell a space within a word from one between two.
+    Ok((running != parse(&split(&at_start.join(" ")))).then_some(running))
+}
+
+/// The words of sshd's command line from what it has made of it (sshd.c, `prepare_proctitle`):
+/// `sshd: /usr/sbin/sshd -D [listener] 0 of 10-100 startups`.
+fn words_of_title(words: &[String]) -> Result<Vec<String>> {
+    let title = words.join(" ");
+    let Some(rest) = title.strip_prefix("sshd: ") else { return Ok(split(&title)) };
+    let (line, _) = rest
+        .rsplit_once(" [listener]")
+        .with_context(|| format!("sshd does not show how it was started: {title:?}"))?;
+    Ok(split(line))
+}
+
+fn split(text: &str) -> Vec<String> {
+    text.split_whitespace().map(str::to_owned).collect()
+}
+
+/// Another file than [`lines::MAIN`] that sshd is told to read.
+#[must_use]
+pub fn other_file(told: &[Told]) -> Option<&str> {
+    let file = told.iter().rev().find(|told| told.flag == 'f')?;
+    (file.value != lines::MAIN).then_some(file.value.as_str())
+}
+
+/// Options as people read them.
+#[must_use]
+pub fn list(told: &[Told]) -> String {
+    told.iter().map(|told| format!("`{told}`")).collect::<Vec<_>>().join(", ")
 }
 
 /// Asks sshd what would be in effect for a connection (`-C` in sshd(8)), options included.
-pub async fn ask(connection: &str) -> Result<String> {
+pub async fn ask(systemd: &Systemd, connection: &str) -> Result<String> {
     let mut args = vec!["-T".to_owned(), "-C".to_owned(), connection.to_owned()];
-    for Told { flag, value } in told()? {
+    for Told { flag, value } in at_start(systemd).await? {
         args.push(format!("-{flag}"));
         args.extend((!value.is_empty()).then_some(value));
     }
@@ -72,14 +131,9 @@ pub async fn ask(connection: &str) -> Result<String> {
     command::run(command::SSHD, &args, Duration::from_secs(30)).await?.success()
 }
 
-/// Reads a file of variables (`EnvironmentFile=` in systemd.exec(5)): the last one of the name counts.
-fn parse(text: &str) -> Vec<Told> {
-    let value = |line: &str| {
-        let (name, value) = line.trim().split_once('=')?;
-        (name.trim_end() == VARIABLE).then(|| unquoted(value.trim()).to_owned())
-    };
-    let options = text.lines().filter_map(value).next_back().unwrap_or_default();
-    let mut words = options.split_whitespace();
+/// The options that count, of a command line whose first word is the program.
+fn parse(words: &[String]) -> Vec<Told> {
+    let mut words = words.iter().skip(1);
     let mut told = Vec::new();
     while let Some(word) = words.next() {
         // `-p22`, `-p 22`, `-4p 22`
@@ -88,11 +142,11 @@ fn parse(text: &str) -> Vec<Told> {
             let valued = VALUED.contains(flag);
             let value = match flags.as_str() {
                 _ if !valued => "",
-                "" => words.next().unwrap_or_default(),
+                "" => words.next().map_or("", String::as_str),
                 rest => rest,
             };
             if CONFIGURING.contains(flag) {
-                told.push(Told { flag, value: unquoted(value).to_owned() });
+                told.push(Told { flag, value: value.to_owned() });
             }
             if valued {
                 break;
@@ -102,37 +156,34 @@ fn parse(text: &str) -> Vec<Told> {
     told
 }
 
-/// A text without the quotes around it.
-fn unquoted(text: &str) -> &str {
-    let within = |quote| text.strip_prefix(quote)?.strip_suffix(quote);
-    within('"').or_else(|| within('\'')).unwrap_or(text)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn texts(text: &str) -> Vec<String> {
-        parse(text).iter().map(|told| told.to_string().trim_end().to_owned()).collect()
+    fn told(line: &str) -> Vec<Told> {
+        parse(&split(&format!("/usr/sbin/sshd -D {line}")))
     }
 
     #[test]
     fn options_are_read_as_sshd_reads_them() {
-        assert_eq!(texts("# SSHD_OPTS=-p 1\nSSHD_OPTS=\n"), Vec::<String>::new());
-        assert_eq!(texts("SSHD_OPTS=-p 22\n"), ["-p 22"]);
-        assert_eq!(texts("SSHD_OPTS=\"-p22 -4\"\nOTHER=-p 1\n"), ["-p 22", "-4"]);
-        assert_eq!(texts("SSHD_OPTS=-p 1\nSSHD_OPTS='-D4p 22'\n"), ["-4", "-p 22"]);
+        let texts = |line: &str| {
+            told(line).iter().map(|told| told.to_string().trim_end().to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(texts(""), Vec::<String>::new());
+        assert_eq!(texts("-p 22"), ["-p 22"]);
+        assert_eq!(texts("-p22 -4"), ["-p 22", "-4"]);
+        assert_eq!(texts("-D4p 22"), ["-4", "-p 22"]);
         // What says nothing of the configuration, and values that look like flags.
-        assert_eq!(texts("SSHD_OPTS=-e -q -u0 -E -p\n"), Vec::<String>::new());
+        assert_eq!(texts("-e -q -u0 -E -p"), Vec::<String>::new());
         assert_eq!(
-            texts("SSHD_OPTS=-oPort=22 -o 'PasswordAuthentication=yes'\n"),
+            texts("-oPort=22 -o PasswordAuthentication=yes"),
             ["-o Port=22", "-o PasswordAuthentication=yes"]
         );
     }
 
     #[test]
     fn what_has_a_say_in_where_sshd_listens() {
-        let listens = |text: &str| parse(&format!("SSHD_OPTS={text}\n"))[0].listens();
+        let listens = |line: &str| told(line)[0].listens();
         for text in ["-p 22", "-4", "-6", "-f /etc/other", "-oPort=22", "-o ListenAddress=::"] {
             assert!(listens(text), "{text}");
         }
@@ -140,5 +191,25 @@ mod tests {
         assert!(!listens("-o PortOfCall=22"));
         assert!(!listens("-o PasswordAuthentication=yes"));
         assert!(!listens("-h /etc/key"));
+    }
+
+    #[test]
+    fn the_last_file_counts() {
+        assert_eq!(other_file(&told("-p 22")), None);
+        assert_eq!(other_file(&told("-f /etc/other")), Some("/etc/other"));
+        assert_eq!(other_file(&told("-f /etc/other -f /etc/ssh/sshd_config")), None);
+    }
+
+    #[test]
+    fn the_title_of_the_process_is_read() {
+        let words = |title: &str| words_of_title(&[title.to_owned()]);
+        let listener =
+            "sshd: /usr/sbin/sshd -D -o Banner=[listener] [listener] 0 of 10-100 startups";
+        let expected = ["/usr/sbin/sshd", "-D", "-o", "Banner=[listener]"];
+        assert_eq!(words(listener).unwrap(), expected);
+        // Before it has made a title, and one that is cut short.
+        let raw = ["/usr/sbin/sshd".to_owned(), "-D".to_owned()];
+        assert_eq!(words_of_title(&raw).unwrap(), raw);
+        assert!(words("sshd: /usr/sbin/sshd -D [list").is_err());
     }
 }

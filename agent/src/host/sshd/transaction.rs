@@ -160,7 +160,7 @@ impl<'a> Transaction<'a> {
     async fn begin(systemd: &'a Systemd, change: &'a Change) -> Result<Self> {
         files::make_directories(Path::new(PRIVILEGE_SEPARATION), 0o755)?;
         let effective =
-            effective().await.context("reading sshd's configuration before any change")?;
+            effective(systemd).await.context("reading sshd's configuration before any change")?;
         let (service, socket) = (systemd.unit(SERVICE).await?, systemd.unit(SOCKET).await?);
         ensure!(
             socket.is_up() || (service.active_state == "active" && service.main_pid != 0),
@@ -241,7 +241,8 @@ impl<'a> Transaction<'a> {
             .await?
             .success()
             .context("sshd does not accept the new configuration")?;
-        let now = effective().await.context("sshd does not accept the new configuration")?;
+        let now =
+            effective(self.systemd).await.context("sshd does not accept the new configuration")?;
         if !now.ports().contains(&self.change.port) {
             bail!(
                 "sshd's configuration does not include {DROP_IN}; add `Include \

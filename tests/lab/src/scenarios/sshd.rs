@@ -281,6 +281,37 @@ pub(super) fn hardening(stage: &mut Stage) -> Result<()> {
     ensure!(seen.status == 1 && seen.stdout.contains(expected), "{seen:?}");
     guest.sh(&options(""))?;
 
+    // By a drop-in for the unit: of the next start, before and after systemd has read it; and of the
+    // process that runs, when the drop-in is gone.
+    let seen = |guest: &mut Guest, status: i64, expected: &str| {
+        let seen = host::hostagent(guest, "verify --only sshd-hardening")?;
+        ensure!(seen.status == status && seen.stdout.contains(expected), "{expected}: {seen:?}");
+        anyhow::Ok(())
+    };
+    let start_with = |more: &str| {
+        format!(
+            "mkdir -p /etc/systemd/system/ssh.service.d && printf '%s\n' '[Service]' ExecStart= \
+             'ExecStart=/usr/sbin/sshd -D $SSHD_OPTS {more}' > /etc/systemd/system/ssh.service.d/more.conf"
+        )
+    };
+    guest.sh(&start_with("-o PasswordAuthentication=yes"))?;
+    seen(guest, 2, "daemon-reload")?;
+    guest.sh("systemctl daemon-reload")?;
+    seen(guest, 1, "PasswordAuthentication is yes")?;
+    guest.sh("systemctl restart ssh.service")?;
+    seen(guest, 1, "PasswordAuthentication is yes")?;
+    guest.sh("rm -r /etc/systemd/system/ssh.service.d && systemctl daemon-reload")?;
+    seen(guest, 1, "sshd runs with `-o PasswordAuthentication=yes`")?;
+    guest.sh(&format!("systemctl restart ssh.service && {}", start_with("-f /run/other")))?;
+    guest.sh("cp /etc/ssh/sshd_config /run/other && systemctl daemon-reload")?;
+    seen(guest, 1, "sshd is told to read /run/other")?;
+    guest
+        .sh("sed -i s,/usr/sbin/sshd,/usr/bin/env, /etc/systemd/system/ssh.service.d/more.conf")?;
+    guest.sh("systemctl daemon-reload")?;
+    seen(guest, 2, "ssh.service starts /usr/bin/env")?;
+    guest.sh("rm -r /etc/systemd/system/ssh.service.d && systemctl daemon-reload")?;
+    seen(guest, 0, "keys only")?;
+
     // What is read before ours: the change does not take effect, and is undone.
     guest.sh(&format!(
         "rm {ours} && echo 'X11Forwarding yes' > /etc/ssh/sshd_config.d/00-first.conf"
