@@ -151,7 +151,8 @@ impl Control for SshdHardening {
             sshd::wake(&socket).await;
         }
         let known = |name: &str| rule_of(name).is_some() || name == METHODS;
-        let settings = async { hardening::settings(cx.host.systemd().await?, "root").await };
+        let settings =
+            async { hardening::settings(cx.host.systemd().await?, options::NOBODYS).await };
         let settings = settings.await.map(|mut settings| {
             settings.retain(|name, _| known(name));
             settings
@@ -213,12 +214,14 @@ impl Control for SshdHardening {
             let set_by = |l: &&Line| !l.conditional && canonical(&l.keyword) == name;
             if wrong.conditional {
                 refused.push(format!("behind Match, {}: change it there", wrong.seen));
-            } else if wanted.iter().any(|setting| setting.keyword == wrong.rule.keyword) {
+            } else if set_there(wrong.rule, facts)? {
                 let keyword = wrong.rule.keyword;
+                refused
+                    .push(format!("{keyword} is set on sshd's command line: {}", options::WHERE));
+            } else if wanted.iter().any(|setting| setting.keyword == wrong.rule.keyword) {
                 refused.push(format!(
-                    "{keyword} is set by something that sshd reads before {DROP_IN}, or by its command \
-                     line: remove it there; the latter is {}",
-                    options::WHERE
+                    "{} is set by something that sshd reads before {DROP_IN}: remove it there",
+                    wrong.rule.keyword
                 ));
             } else if let Some(line) = lines.iter().find(set_by)
                 && LISTS.contains(&name.as_str())
@@ -232,6 +235,10 @@ impl Control for SshdHardening {
                 ));
             } else {
                 if wrong.rule.passwords {
+                    if running(facts)?.is_some() {
+                        // What says so is refused already; whom that lets in is not known.
+                        continue;
+                    }
                     let Some(accounts) = &facts.accounts else {
                         return Err(Unknown("who can log in was not looked at".to_owned()));
                     };
@@ -284,13 +291,20 @@ fn command_line(facts: &Facts) -> Result<Vec<String>, Unknown> {
             options::WHERE
         ));
     }
-    if let Some(told) = facts.running.as_ref().ok_or_else(not_looked_at)?.known()? {
-        let with = if told.is_empty() { "no option".to_owned() } else { options::list(told) };
-        wrong.push(format!(
-            "sshd runs with {with}, and would start with something else now: restart ssh.service"
-        ));
-    }
+    wrong.extend(running(facts)?.map(|told| options::runs_otherwise(told)));
     Ok(wrong)
+}
+
+/// What the sshd that runs was told, where that is something else than at its next start.
+fn running(facts: &Facts) -> Result<Option<&Vec<Told>>, Unknown> {
+    Ok(facts.running.as_ref().ok_or_else(not_looked_at)?.known()?.as_ref())
+}
+
+/// The keyword of a rule, where the command line sets it: no file of ours outdoes that.
+fn set_there(rule: &Rule, facts: &Facts) -> Result<bool, Unknown> {
+    let told = facts.options.as_ref().ok_or_else(not_looked_at)?.known()?;
+    let keyword = rule.keyword.to_ascii_lowercase();
+    Ok(told.iter().filter_map(Told::keyword).any(|set| canonical(&set) == keyword))
 }
 
 /// A keyword's own name, in lower case.
@@ -578,6 +592,22 @@ mod tests {
         assert_eq!(outcome(&with(vec![told('f', "/etc/other")], None)), refused);
         assert_eq!(outcome(&with(vec![], Some(vec![yes()]))), refused);
         assert_eq!(outcome(&with(vec![yes()], Some(vec![]))), refused);
+        // Ours would not take effect, and passwords do not go while something else runs.
+        let wrong = |options, running| Facts {
+            options: Some(known(options)),
+            running: Some(known(running)),
+            ..facts(&[("passwordauthentication", "yes"), ("maxauthtries", "6")], vec![])
+        };
+        let kept = ("fail", "MaxAuthTries 4 and refuse".to_owned());
+        assert_eq!(outcome(&wrong(vec![yes()], None)), kept);
+        let alias = told('o', "skeyauthentication yes");
+        assert_eq!(outcome(&wrong(vec![alias.clone(), yes()], None)), kept);
+        let key = told('o', "PubkeyAuthentication=no");
+        let mut running = wrong(vec![], Some(vec![key]));
+        let admin = Account { name: "admin".into(), root: true, ..Account::default() };
+        let admin = Account { key: Some("k".into()), ..admin };
+        running.accounts = Some(known(Accounts { local: vec![admin], ..Accounts::default() }));
+        assert_eq!(outcome(&running), kept);
     }
 
     #[test]

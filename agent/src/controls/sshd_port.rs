@@ -31,6 +31,8 @@ pub struct Facts {
     pub lines: Fact<Vec<Line>>,
     /// The options of its command line that say where it listens.
     pub options: Fact<Vec<Told>>,
+    /// All that the sshd that runs was told, where that is something else than at its next start.
+    pub running: Fact<Option<Vec<Told>>>,
     /// `ssh.service`, as systemd has it loaded.
     pub service: Fact<Unit>,
     /// `ssh.socket`, as systemd has it loaded.
@@ -89,11 +91,14 @@ impl Control for SshdPort {
         };
         let options = async { options::at_start(cx.host.systemd().await?).await };
         let options = options.await.map(|told| told.into_iter().filter(Told::listens).collect());
+        let running = async { options::running(cx.host.systemd().await?).await };
+        let running = Fact::new("the command line of sshd", running.await);
         let sockets = "/proc/net/tcp, /proc/net/tcp6, /proc/PID/fd";
         Facts {
             effective,
             lines: Fact::new("sshd_config", lines::elsewhere(DROP_IN, &LISTENING)),
             options: Fact::new("the command line in ssh.service", options),
+            running,
             answers,
             listeners: Fact::new(sockets, seen(port)),
             port_22: Fact::new(sockets, seen(WELL_KNOWN)),
@@ -164,6 +169,10 @@ impl Control for SshdPort {
                 options::list(told),
                 options::WHERE
             )));
+        }
+        // A reload keeps its command line.
+        if let Some(told) = facts.running.known()? {
+            return Ok(Plan::refuse(options::runs_otherwise(told)));
         }
         let change = change(port, facts.effective.known()?, facts.lines.known()?);
         Ok(Plan::with_refusals(vec![Step::MoveSshd { change }], &not_enabled))
@@ -347,6 +356,7 @@ mod tests {
             effective: known(effective(&any.iter().map(|text| &**text).collect::<Vec<_>>())),
             lines: known(vec![]),
             options: known(vec![]),
+            running: known(None),
             service: known(unit("active", "enabled")),
             socket: socket("inactive", "disabled", &[22]),
             answers,
@@ -479,6 +489,10 @@ mod tests {
         assert_eq!(told(facts(&[22], Answer::Refused, Answer::Refused, true)), ("fail", "refuse"));
         assert_eq!(told(facts(&[22], banner(), banner(), false)), ("fail", "refuse"));
         assert_eq!(told(good()), ("pass", "nothing"));
+        // What runs was told otherwise: a reload would not help.
+        let wrong = facts(&[22], Answer::Refused, Answer::Refused, true);
+        let running = known(Some(vec![Told { flag: 'p', value: "22".into() }]));
+        assert_eq!(outcome(&Facts { running, ..wrong }), ("fail", "refuse"));
         let unread = Fact::new("t", Err(anyhow!("unreadable")));
         let wrong = facts(&[22], Answer::Refused, Answer::Refused, true);
         assert_eq!(outcome(&Facts { options: unread, ..wrong }), ("fail", "refuse"));

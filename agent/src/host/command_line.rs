@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use super::files;
-use super::systemd::Systemd;
+use super::systemd::{StartCommand, Systemd};
 
 /// The words of the command line of a process.
 pub fn words_of_process(pid: u32) -> Result<Vec<String>> {
@@ -24,7 +24,12 @@ pub fn words_of_process(pid: u32) -> Result<Vec<String>> {
 /// The words of the command line of a service's next start; none for a service that does not exist.
 pub async fn words_of_unit(systemd: &Systemd, service: &str) -> Result<Vec<String>> {
     let command = systemd.start_command(service).await?;
-    let mut variables: BTreeMap<String, String> = BTreeMap::new();
+    Ok(expand(&command.argv, &variables(&command)?))
+}
+
+/// The environment of a service's next start, as far as its unit tells.
+fn variables(command: &StartCommand) -> Result<BTreeMap<String, String>> {
+    let mut variables = BTreeMap::new();
     for assignment in &command.environment {
         if let Some((name, value)) = assignment.split_once('=') {
             variables.insert(name.to_owned(), value.to_owned());
@@ -34,19 +39,29 @@ pub async fn words_of_unit(systemd: &Systemd, service: &str) -> Result<Vec<Strin
     for (path, _) in &command.environment_files {
         ensure!(
             !path.contains(['*', '?', '[']),
-            "{service} reads its variables from {path}: which files these are is not looked at"
+            "which files EnvironmentFile={path} stands for is not looked at"
         );
         let text = files::read_optional(Path::new(path))?.unwrap_or_default();
-        variables.extend(self::variables(&text));
+        variables.extend(environment_file(&text).with_context(|| format!("reading {path}"))?);
     }
-    Ok(expand(&command.argv, &variables))
+    // Names, or assignments that are taken back only where the value is the same.
+    variables.retain(|name, value| {
+        !command.unset_environment.iter().any(|unset| match unset.split_once('=') {
+            Some((unset, old)) => unset == name && old == value,
+            None => unset == name,
+        })
+    });
+    Ok(variables)
 }
 
-/// The words of a unit's command line, with its variables.
+/// The words of a unit's command line, with its variables (systemd, `replace_env_argv`).
 fn expand(argv: &[String], variables: &BTreeMap<String, String>) -> Vec<String> {
     let mut words = Vec::new();
     for word in argv {
-        match word.strip_prefix('$').filter(|name| is_name(name)) {
+        match word
+            .strip_prefix('$')
+            .filter(|name| !name.is_empty() && !name.starts_with(['{', '$']))
+        {
             // A variable of its own is split at white space; one that is not set is no word.
             Some(name) => words.extend(split(variables.get(name).map_or("", String::as_str))),
             None => words.push(within(word, variables)),
@@ -55,28 +70,35 @@ fn expand(argv: &[String], variables: &BTreeMap<String, String>) -> Vec<String> 
     words
 }
 
-fn is_name(name: &str) -> bool {
-    !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
-}
-
-/// A word with `${NAME}` in it.
+/// A word with `${NAME}` and `$$` in it.
 fn within(word: &str, variables: &BTreeMap<String, String>) -> String {
-    let mut out = String::new();
-    let mut rest = word;
-    while let Some((before, after)) = rest.split_once("${") {
-        let Some((name, behind)) = after.split_once('}') else { break };
+    let (mut out, mut rest) = (String::new(), word);
+    while let Some(at) = rest.find('$') {
+        let (before, from) = rest.split_at(at);
         out += before;
-        out += variables.get(name).map_or("", String::as_str);
-        rest = behind;
+        rest = if let Some(behind) = from.strip_prefix("$$") {
+            out.push('$');
+            behind
+        } else if let Some((name, behind)) = from.strip_prefix("${").and_then(|s| s.split_once('}'))
+        {
+            out += variables.get(name).map_or("", String::as_str);
+            behind
+        } else {
+            out.push('$');
+            &from[1..]
+        };
     }
     out + rest
 }
 
-/// A text at its white space, outside of quotes.
+/// A text at its white space, outside of quotes; a backslash, anywhere, is for the character behind it
+/// (systemd, `extract_first_word` with `EXTRACT_UNQUOTE`).
 fn split(text: &str) -> Vec<String> {
     let (mut words, mut word, mut quote) = (Vec::new(), None::<String>, None);
-    for c in text.chars() {
+    let mut rest = text.chars();
+    while let Some(c) = rest.next() {
         match quote {
+            _ if c == '\\' => word.get_or_insert_default().extend(rest.next()),
             Some(q) if c == q => quote = None,
             None if c == '"' || c == '\'' => {
                 quote = Some(c);
@@ -90,36 +112,108 @@ fn split(text: &str) -> Vec<String> {
     words
 }
 
-/// The variables of an `EnvironmentFile=`.
-fn variables(text: &str) -> Vec<(String, String)> {
+/// Where the reader of an `EnvironmentFile=` is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum At {
+    Line,
+    Comment,
+    Name,
+    /// Before a value, and behind a part of it in quotes.
+    Gap,
+    Value,
+    Quoted(char),
+}
+
+/// The variables of an `EnvironmentFile=`, read as systemd does (env-file.c). What its releases read
+/// in two ways is an error.
+fn environment_file(text: &str) -> Result<Vec<(String, String)>> {
     let mut found = Vec::new();
-    // A backslash at the end goes on with the next line.
-    for line in text.replace("\\\n", " ").lines().map(str::trim) {
-        if line.starts_with(['#', ';']) {
-            continue;
+    let (mut at, mut name, mut value) = (At::Line, String::new(), String::new());
+    // What of the value is not to be trimmed.
+    let mut solid = 0;
+    let mut rest = text.chars().chain(['\n']);
+    while let Some(c) = rest.next() {
+        let ends = c == '\n' || c == '\r';
+        match at {
+            At::Line if c == '#' || c == ';' => at = At::Comment,
+            At::Line if c.is_whitespace() => {}
+            At::Line => {
+                name = c.to_string();
+                at = At::Name;
+            }
+            // Up to systemd 253 the next line belongs to the comment, from 254 on it does not.
+            At::Comment if c == '\\' && rest.next().is_none_or(|c| c == '\n' || c == '\r') => {
+                bail!("a comment ends with a backslash; take it away");
+            }
+            At::Comment if ends => at = At::Line,
+            At::Comment => {}
+            At::Name if ends => at = At::Line,
+            At::Name if c == '=' => {
+                solid = 0;
+                at = At::Gap;
+            }
+            At::Name => name.push(c),
+            At::Gap | At::Value if ends => {
+                value.truncate(value[solid..].trim_end().len() + solid);
+                found.push((name.trim_end().to_owned(), std::mem::take(&mut value)));
+                at = At::Line;
+            }
+            At::Gap if c == '"' || c == '\'' => at = At::Quoted(c),
+            At::Gap if c.is_whitespace() => {}
+            At::Gap | At::Value if c == '\\' => {
+                value.extend(rest.next().filter(|c| *c != '\n' && *c != '\r'));
+                solid = value.len();
+                at = At::Value;
+            }
+            At::Gap | At::Value => {
+                value.push(c);
+                at = At::Value;
+            }
+            At::Quoted(quote) if c == quote => {
+                solid = value.len();
+                at = At::Gap;
+            }
+            At::Quoted('"') if c == '\\' => match rest.next() {
+                Some(c) if matches!(c, '"' | '\\' | '`' | '$') => value.push(c),
+                Some('\n') | None => {}
+                Some(c) => value.extend(['\\', c]),
+            },
+            At::Quoted(_) => value.push(c),
         }
-        let Some((name, value)) = line.split_once('=') else { continue };
-        let value = value.trim();
-        let inner = ['"', '\'']
-            .iter()
-            .find_map(|q| value.strip_prefix(*q).and_then(|value| value.strip_suffix(*q)));
-        found.push((name.trim().to_owned(), inner.unwrap_or(value).to_owned()));
     }
-    found
+    // A quote that nobody closes lasts to the end.
+    if let At::Quoted(_) = at {
+        value.pop();
+        found.push((name.trim_end().to_owned(), value));
+    }
+    Ok(found)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn read(text: &str) -> BTreeMap<String, String> {
+        environment_file(text).unwrap().into_iter().collect()
+    }
+
     #[test]
     fn the_units_variables_are_put_in_as_systemd_does() {
         let text = "# comment\nDOCKER_OPTS=\"-H tcp://:2375 --label 'a b'\"\nEMPTY=\nDIR='/x y'\n\
                     LONG=--icc=false \\\n --debug\nnonsense\n";
-        let variables: BTreeMap<_, _> = variables(text).into_iter().collect();
-        let argv =
-            ["dockerd", "$DOCKER_OPTS", "$EMPTY", "$UNSET", "--data-root=${DIR}/d", "$LONG", "${"];
-        let seen = expand(&argv.map(str::to_owned), &variables);
+        let argv = [
+            "dockerd",
+            "$DOCKER_OPTS",
+            "$EMPTY",
+            "$UNSET",
+            "--data-root=${DIR}/d",
+            "$LONG",
+            "${",
+            "$",
+            "$$DIR",
+            "a$b",
+        ];
+        let seen = expand(&argv.map(str::to_owned), &read(text));
         let expected = [
             "dockerd",
             "-H",
@@ -130,8 +224,66 @@ mod tests {
             "--icc=false",
             "--debug",
             "${",
+            "$",
+            "$DIR",
+            "a$b",
         ];
         assert_eq!(seen, expected);
+    }
+
+    #[test]
+    fn files_of_variables_are_read_as_systemd_reads_them() {
+        for (text, expected) in [
+            ("A=b", "b"),
+            ("  A = b c \t\r\n", "b c"),
+            ("; x\nA=1\nA=2\n", "2"),
+            ("A=\"-o \\\"AllowUsers a b\\\"\"\n", "-o \"AllowUsers a b\""),
+            ("A=\"a\\b\"\n", "a\\b"),
+            ("A='a\\b'\n", "a\\b"),
+            ("A=a\\b\\ \n", "ab "),
+            ("A=a\\\nb\n", "ab"),
+            ("A=\"a\\\nb\"\n", "ab"),
+            ("A='x '\"y \" \n", "x y "),
+            ("A='x' y \n", "xy"),
+            ("A='x\n", "x\n"),
+            ("A=\n", ""),
+            ("A=a=b\n", "a=b"),
+            ("# \\x\nA=b\n", "b"),
+        ] {
+            assert_eq!(read(text)["A"], expected, "{text:?}");
+        }
+        assert!(environment_file("# a \\\nA=b\n").is_err(), "two ways to read it");
+    }
+
+    #[test]
+    fn a_variable_is_split_as_systemd_splits_it() {
+        for (text, expected) in [
+            ("-o \"AllowUsers a b\" x", vec!["-o", "AllowUsers a b", "x"]),
+            ("a\\ b 'c\\'d' \"\"", vec!["a b", "c'd", ""]),
+            ("a\\", vec!["a"]),
+            (" \t", vec![]),
+        ] {
+            assert_eq!(split(text), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_unset_is_not_there() {
+        let command = |unset: &[&str]| StartCommand {
+            argv: vec![],
+            environment: ["A=1", "B=2", "B=3"].map(str::to_owned).to_vec(),
+            environment_files: vec![],
+            unset_environment: unset.iter().map(|&text| text.to_owned()).collect(),
+        };
+        let names = |unset: &[&str]| {
+            variables(&command(unset)).unwrap().into_values().collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(names(&[]), "1 3");
+        assert_eq!(names(&["A", "B=2"]), "3");
+        assert_eq!(names(&["B=3"]), "1");
+        let mut globbed = command(&[]);
+        globbed.environment_files = vec![("/etc/x*".into(), true)];
+        assert!(variables(&globbed).is_err());
     }
 
     #[test]

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
+use tracing::warn;
 
 use super::sockets;
 use super::systemd::{Systemd, Unit};
@@ -46,6 +47,9 @@ pub const WELL_KNOWN: u16 = 22;
 /// The directory without which sshd does not even check its configuration. `ssh.service` makes it,
 /// and removes it when it stops.
 const PRIVILEGE_SEPARATION: &str = "/run/sshd";
+
+/// How long starting sshd's unit may take after a change was taken back.
+const REVIVAL_DEADLINE: Duration = Duration::from_secs(60);
 
 /// What `sshd -T` says is in effect.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -106,11 +110,33 @@ pub fn ports(addresses: &[SocketAddr]) -> Vec<u16> {
     ports
 }
 
+/// Brings sshd back after a change was taken back: where what runs could not be renewed, or does not
+/// answer, whichever unit is to listen is started. Everything is tried before an error is returned.
+async fn revive(
+    systemd: &Systemd,
+    renewed: Result<()>,
+    answers: impl AsyncFn() -> Result<()>,
+) -> Result<()> {
+    let back = match renewed {
+        Ok(()) => answers().await,
+        Err(e) => Err(e),
+    };
+    let Err(error) = back else { return Ok(()) };
+    warn!("sshd is started anew: {error:#}");
+    let by_socket = systemd.unit(SOCKET).await.is_ok_and(|socket| socket.is_up() || comes(&socket));
+    let units: &[&str] = if by_socket { &[SOCKET, SERVICE] } else { &[SERVICE] };
+    for unit in units {
+        match systemd.start(unit, REVIVAL_DEADLINE).await {
+            Ok(()) => break,
+            Err(e) => warn!("{e:#}"),
+        }
+    }
+    answers().await
+}
+
 /// Asks sshd for its effective configuration.
 pub async fn effective(systemd: &Systemd) -> Result<Effective> {
-    // For a plain connection: where a Match block asks for one of these, sshd wants to know it.
-    let connection = "user=root,host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22";
-    parse_effective(&options::ask(systemd, connection).await?)
+    parse_effective(&options::ask(systemd, options::NOBODYS).await?)
 }
 
 fn parse_effective(text: &str) -> Result<Effective> {

@@ -108,6 +108,8 @@ pub struct StartCommand {
     pub environment: Vec<String>,
     /// `EnvironmentFile=`, each with whether its absence is ignored.
     pub environment_files: Vec<(String, bool)>,
+    /// `UnsetEnvironment=`: names, or assignments.
+    pub unset_environment: Vec<String>,
 }
 
 impl Unit {
@@ -233,6 +235,7 @@ impl Systemd {
             argv: argv.unwrap_or_default(),
             environment,
             environment_files: take(&mut own, "EnvironmentFiles").with_context(doing)?,
+            unset_environment: take(&mut own, "UnsetEnvironment").with_context(doing)?,
         })
     }
 

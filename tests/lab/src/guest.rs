@@ -5,7 +5,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::{Value, json};
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -65,6 +65,8 @@ impl Guest {
     /// Connects to QEMU's end of the port. Whether the agent runs is another question.
     pub fn connect(path: &Path, deadline: Duration) -> Result<Self> {
         let stream = crate::qmp::connect(path, deadline)?;
+        // A guest that stands still takes nothing, and what is written piles up.
+        stream.set_write_timeout(Some(Duration::from_secs(5)))?;
         Ok(Self { stream, received: Vec::new(), synchronised: 0 })
     }
 
@@ -76,8 +78,11 @@ impl Guest {
             let id = self.synchronised + u64::from(std::process::id()) * 1000;
             let request = json!({ "execute": "guest-sync-delimited", "arguments": { "id": id } });
             // The byte 0xff makes the agent drop a half-received request.
-            self.stream.write_all(&[0xff]).context("writing to the guest agent")?;
-            writeln!(self.stream, "{request}").context("writing to the guest agent")?;
+            let message = [&[0xff], request.to_string().as_bytes(), b"\n"].concat();
+            match self.stream.write_all(&message) {
+                Err(error) if is_time_out(&error) => {}
+                written => written.context("writing to the guest agent")?,
+            }
             let until = end.min(Instant::now() + Duration::from_secs(1));
             while let Some(answer) = self.read(until)? {
                 if answer["return"] == id {
@@ -233,16 +238,16 @@ impl Guest {
             match self.stream.read(&mut buffer) {
                 Ok(0) => bail!("the guest is gone: QEMU has closed the agent's port"),
                 Ok(length) => self.received.extend_from_slice(&buffer[..length]),
-                Err(error) => match error.kind() {
-                    std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => {
-                        return Ok(None);
-                    }
-                    std::io::ErrorKind::Interrupted => {}
-                    _ => return Err(error).context("reading from the guest agent"),
-                },
+                Err(error) if is_time_out(&error) => return Ok(None),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error).context("reading from the guest agent"),
             }
         }
     }
+}
+
+fn is_time_out(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
 }
 
 /// The environment of a command: the agent passes on nothing of its own.

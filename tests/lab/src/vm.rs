@@ -236,6 +236,12 @@ impl Vm {
         Ok(())
     }
 
+    /// Whether the kernel says on the console that a processor has lost its timer: that happens to
+    /// emulated ones, once in many boots, and is for ever.
+    pub fn stands_still(&self) -> bool {
+        self.serial().contains("kthread timer wakeup didn't happen")
+    }
+
     /// Everything the serial console has shown.
     pub fn serial(&self) -> String {
         let bytes = fs::read(self.dir.join(SERIAL_LOG)).unwrap_or_default();

@@ -12,7 +12,9 @@ use tokio::time::{Instant, sleep};
 use tracing::warn;
 
 use super::lines::matches;
-use super::{Answer, PRIVILEGE_SEPARATION, SERVICE, SOCKET, accounts, effective, knock, options};
+use super::{
+    Answer, PRIVILEGE_SEPARATION, SERVICE, SOCKET, accounts, effective, knock, options, revive,
+};
 use crate::host::systemd::Systemd;
 use crate::host::{command, files};
 
@@ -37,11 +39,10 @@ pub struct Setting {
     pub value: String,
 }
 
-/// What `sshd -T` says is in effect for a user who connects: each keyword in lower case with its
-/// value; the values of one that it says more than once are joined by spaces.
-pub async fn settings(systemd: &Systemd, user: &str) -> Result<BTreeMap<String, String>> {
-    let with = format!("user={user},host=localhost,addr=127.0.0.1,laddr=127.0.0.1,lport=22");
-    let settings = parse(&options::ask(systemd, &with).await?);
+/// What `sshd -T` says is in effect for a connection (`-C` in sshd(8)): each keyword in lower case with
+/// its value; the values of one that it says more than once are joined by spaces.
+pub async fn settings(systemd: &Systemd, connection: &str) -> Result<BTreeMap<String, String>> {
+    let settings = parse(&options::ask(systemd, connection).await?);
     ensure!(settings.contains_key("passwordauthentication"), "`sshd -T` says too little");
     Ok(settings)
 }
@@ -104,8 +105,15 @@ fn holds(wanted: &Setting, settings: &BTreeMap<String, String>) -> bool {
 pub async fn harden(systemd: &Systemd, wanted: &[Setting], passwords: bool) -> Result<()> {
     let path = Path::new(DROP_IN);
     files::make_directories(Path::new(PRIVILEGE_SEPARATION), 0o755)?;
-    if passwords && let Err(why) = accounts::look(systemd).await?.way_in() {
-        bail!("passwords are not turned off: {why}");
+    if passwords {
+        let doing = "passwords are not turned off";
+        if let Err(why) = accounts::look(systemd).await?.way_in() {
+            bail!("{doing}: {why}");
+        }
+        // A reload keeps the command line, which may take away the key that this rests on.
+        if let Some(told) = options::running(systemd).await.context(doing)? {
+            bail!("{doing}: {}", options::runs_otherwise(&told));
+        }
     }
     let before = files::read_optional(path)?;
     let mut doors = Vec::new();
@@ -123,7 +131,7 @@ pub async fn harden(systemd: &Systemd, wanted: &[Setting], passwords: bool) -> R
     try_out(&text).await?;
     let result = async {
         files::write_atomic(path, &text, 0o644)?;
-        let settings = settings(systemd, "root").await?;
+        let settings = settings(systemd, options::NOBODYS).await?;
         if let Some(unmet) = wanted.iter().find(|wanted| !holds(wanted, &settings)) {
             bail!(
                 "{} does not become {}: something is read before {DROP_IN}, or it is not included, or \
@@ -141,15 +149,14 @@ pub async fn harden(systemd: &Systemd, wanted: &[Setting], passwords: bool) -> R
 
     warn!(control = "sshd-hardening", "undoing the change to sshd: {error:#}");
     let undo = async {
-        match &before {
-            Some(text) => files::write_atomic(path, text, 0o644)?,
-            None => files::remove(path)?,
-        }
-        if let Err(e) = renew(systemd).await {
-            warn!(control = "sshd-hardening", "{e:#}");
-            systemd.start(SERVICE, JOB_DEADLINE).await?;
-        }
-        answers(&doors).await
+        let restored = match &before {
+            Some(text) => files::write_atomic(path, text, 0o644),
+            None => files::remove(path),
+        };
+        // Also where that failed: a daemon is better than none.
+        let renewed = renew(systemd).await;
+        revive(systemd, renewed, || answers(&doors)).await?;
+        restored
     };
     match undo.await {
         Ok(()) => Err(error.context("sshd is as it was before")),

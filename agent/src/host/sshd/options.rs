@@ -2,6 +2,7 @@
 //! Debian and Ubuntu have `$SSHD_OPTS` from `/etc/default/ssh` there (`sshd -D $SSHD_OPTS`), and a
 //! drop-in may have anything. `sshd -T` knows of it only if it is told the same.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::time::Duration;
 
@@ -42,17 +43,20 @@ impl std::fmt::Display for Told {
 }
 
 impl Told {
+    /// The keyword that it sets, in lower case.
+    #[must_use]
+    pub fn keyword(&self) -> Option<String> {
+        let end = self.value.find(|c: char| c == '=' || c.is_whitespace());
+        let keyword = &self.value[..end.unwrap_or(self.value.len())];
+        (self.flag == 'o').then(|| keyword.to_ascii_lowercase())
+    }
+
     /// Whether it has a say in where sshd listens: another configuration file has one, too.
     #[must_use]
     pub fn listens(&self) -> bool {
         match self.flag {
             '4' | '6' | 'f' | 'p' => true,
-            'o' => {
-                let end = self.value.find(|c: char| c == '=' || c.is_whitespace());
-                let keyword = &self.value[..end.unwrap_or(self.value.len())];
-                LISTENING.contains(&keyword.to_ascii_lowercase().as_str())
-            }
-            _ => false,
+            _ => self.keyword().is_some_and(|keyword| LISTENING.contains(&keyword.as_str())),
         }
     }
 }
@@ -89,7 +93,26 @@ pub async fn running(systemd: &Systemd) -> Result<Option<Vec<Told>>> {
     let words = words_of_title(&words_of_process(pid)?)?;
     let running = parse(&words);
     // The title does not tell a space within a word from one between two.
-    Ok((running != parse(&split(&at_start.join(" ")))).then_some(running))
+    let line = at_start.join(" ");
+    let same = [encoded(&line), line].iter().any(|line| parse(&split(line)) == running);
+    Ok((!same).then_some(running))
+}
+
+/// A text as it is in the title of a process (openbsd-compat/setproctitle.c: vis(3) with `VIS_CSTYLE`,
+/// `VIS_NL`, `VIS_TAB` and `VIS_OCTAL`).
+fn encoded(text: &str) -> String {
+    let mut out = String::new();
+    for byte in text.bytes() {
+        match byte {
+            b'\\' => out += "\\\\",
+            b'\t' => out += "\\t",
+            b'\n' => out += "\\n",
+            b' '..=b'~' => out.push(char::from(byte)),
+            // Writing to a String cannot fail.
+            other => _ = write!(out, "\\{other:03o}"),
+        }
+    }
+    out
 }
 
 /// The words of sshd's command line from what it has made of it (sshd.c, `prepare_proctitle`):
@@ -114,13 +137,26 @@ pub fn other_file(told: &[Told]) -> Option<&str> {
     (file.value != lines::MAIN).then_some(file.value.as_str())
 }
 
+/// What is wrong where sshd runs with other options than it would start with.
+#[must_use]
+pub fn runs_otherwise(told: &[Told]) -> String {
+    let with = if told.is_empty() { "no option".to_owned() } else { list(told) };
+    format!("sshd runs with {with}, and would start with something else now: restart ssh.service")
+}
+
 /// Options as people read them.
 #[must_use]
 pub fn list(told: &[Told]) -> String {
     told.iter().map(|told| format!("`{told}`")).collect::<Vec<_>>().join(", ")
 }
 
-/// Asks sshd what would be in effect for a connection (`-C` in sshd(8)), options included.
+/// A connection that no `Match` line is about, but for `Match all`: what is not said of it matches
+/// nothing. Only the port must be said, for OpenSSH 9.6 takes it for known: one that nobody uses.
+pub const NOBODYS: &str = "lport=1";
+
+/// Asks sshd what would be in effect for a connection (`-C` in sshd(8)), options included. What stands
+/// behind `Match` outdoes what stands before it: for a connection that something matches, the answer
+/// says nothing of others.
 pub async fn ask(systemd: &Systemd, connection: &str) -> Result<String> {
     let mut args = vec!["-T".to_owned(), "-C".to_owned(), connection.to_owned()];
     for Told { flag, value } in at_start(systemd).await? {
@@ -211,5 +247,6 @@ mod tests {
         let raw = ["/usr/sbin/sshd".to_owned(), "-D".to_owned()];
         assert_eq!(words_of_title(&raw).unwrap(), raw);
         assert!(words("sshd: /usr/sbin/sshd -D [list").is_err());
+        assert_eq!(encoded("a\\b\t\u{e9} x"), r"a\\b\t\303\251 x");
     }
 }

@@ -18,7 +18,7 @@ use tracing::{info, warn};
 use super::lines::{self, Edit};
 use super::{
     Answer, DROP_IN, Effective, Owners, PRIVILEGE_SEPARATION, SERVICE, SOCKET, SOCKET_DROP_IN,
-    WELL_KNOWN, comes, effective, knock, listeners, ports, tcp,
+    WELL_KNOWN, comes, effective, knock, listeners, ports, revive, tcp,
 };
 use crate::host::systemd::{Systemd, Unit};
 use crate::host::{command, files, sockets};
@@ -369,20 +369,18 @@ impl<'a> Transaction<'a> {
         }
         // Even if a file could not be put back: a daemon on any port is better than none. A reload
         // that sshd refuses leaves the old process running; a start revives a dead one.
-        let socket = self.systemd.unit(SOCKET).await?;
-        if self.by_socket || comes(&socket) {
-            self.systemd.reload_manager().await?;
+        if self.by_socket || self.systemd.unit(SOCKET).await.is_ok_and(|socket| comes(&socket)) {
+            restored = restored.and(self.systemd.reload_manager().await);
         }
-        if let Err(e) = self.renew().await {
-            warn!(control = "sshd-port", "{e:#}");
-            let unit = if self.by_socket { SOCKET } else { SERVICE };
-            self.systemd.start(unit, JOB_DEADLINE).await?;
-        }
-        restored?;
-        for port in &self.live {
-            self.answers(&self.effective, *port).await?;
-        }
-        Ok(())
+        let renewed = self.renew().await;
+        revive(self.systemd, renewed, async || {
+            for port in &self.live {
+                self.answers(&self.effective, *port).await?;
+            }
+            Ok(())
+        })
+        .await?;
+        restored
     }
 }
 

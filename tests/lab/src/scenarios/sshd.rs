@@ -269,6 +269,24 @@ pub(super) fn hardening(stage: &mut Stage) -> Result<()> {
     let seen = host::hostagent(guest, "verify --only sshd-hardening")?;
     let expected = "PasswordAuthentication is yes in /etc/ssh/sshd_config, line";
     ensure!(seen.status == 1 && seen.stdout.contains(expected), "{seen:?}");
+    // The other way round: right for some connections, and wrong for all others.
+    guest.sh("sed -i '/^Match User backup/,$d' /etc/ssh/sshd_config")?;
+    guest.sh(&format!(
+        "cp {ours} /run/ours && sed -i '/^PasswordAuthentication/d' {ours} && \
+         echo 'PasswordAuthentication yes' > /etc/ssh/sshd_config.d/20-yes.conf"
+    ))?;
+    for only in ["User root", "Address 127.0.0.1", "LocalPort 2222", "Host localhost"] {
+        guest.sh(&format!(
+            "printf 'Match {only}\\n  PasswordAuthentication no\\n' > /etc/ssh/sshd_config.d/30-match.conf"
+        ))?;
+        let seen = host::hostagent(guest, "verify --only sshd-hardening")?;
+        let expected = "PasswordAuthentication is yes";
+        ensure!(seen.status == 1 && seen.stdout.contains(expected), "{only}: {seen:?}");
+    }
+    guest.sh(&format!("rm /etc/ssh/sshd_config.d/[23]0-*.conf && cp /run/ours {ours}"))?;
+    guest.sh(
+        "printf 'Match User backup\\n  PasswordAuthentication yes\\n' >> /etc/ssh/sshd_config",
+    )?;
     host::configure(guest, "report", "[sshd]\nhardening = \"report\"\n")?;
     let seen = host::hostagent(guest, "verify --only sshd-hardening")?;
     ensure!(seen.status == 0 && seen.stdout.contains("WARNING"), "{seen:?}");
