@@ -2,6 +2,7 @@
 //! down and answers on its SSH port.
 
 use super::host;
+use crate::cloud::Fault;
 use crate::stage::Stage;
 use anyhow::{Context as _, Result, ensure};
 use std::time::Duration;
@@ -25,12 +26,26 @@ pub(super) fn reboots(stage: &mut Stage) -> Result<()> {
     )?;
     let beneath = guest.sh(BENEATH)?;
 
+    // EC2 does not answer during the boot: Docker starts on the volume that was confirmed before.
+    stage.cloud.fault(&Fault {
+        service: "ec2".into(),
+        kind: "error".into(),
+        code: Some("ServiceUnavailable".into()),
+        ..Fault::default()
+    })?;
     stage.vm()?.reboot()?;
     let guest = stage.guest()?;
     guest
         .sh("! test -e /run/hostagent/ready || test /run/hostagent/ready -nt /proc/1")
         .context("readiness outlived the boot")?;
+    guest
+        .until("systemctl is-active docker.service containerd.service", Duration::from_secs(120))?;
+    host::expect_storage(guest)?;
+    guest.sh("! test -e /run/hostagent/ready").context("ready without EC2's word")?;
+    stage.cloud.clear_faults()?;
+    let guest = stage.guest()?;
     host::settled(guest, RUN)?;
+    host::provision(guest, RUN)?;
     host::expect_ready(stage)?;
     // Said once, to a stack that is complete and a group that does not wait any more.
     host::expect_signals(stage, &["SUCCESS"], &["CONTINUE"])?;

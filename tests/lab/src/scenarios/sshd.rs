@@ -55,11 +55,25 @@ pub(super) fn socket(stage: &mut Stage) -> Result<()> {
     let plan = host::hostagent(guest, "plan --only sshd-port")?;
     ensure!(plan.stdout.contains("move sshd to port 2222"), "{plan:?}");
     host::expect_sshd(guest, 22, 2222).context("plan moved it")?;
+    // What cannot be completed is undone: something that is read after ours says otherwise.
+    guest.sh(
+        "mkdir -p /etc/systemd/system/ssh.socket.d && printf '[Socket]\\nListenStream=2022\\n' \
+         > /etc/systemd/system/ssh.socket.d/zzz-more.conf && systemctl daemon-reload",
+    )?;
+    let before = guest.sh(CONFIGURATION)?;
+    let undone = move_sshd(guest)?;
+    ensure!(undone.status == 1 && undone.stderr.contains("is as it was before"), "{undone:?}");
+    ensure!(guest.sh(CONFIGURATION)? == before, "something of the change is left");
+    host::expect_sshd(guest, 22, 2222)?;
+    session.expect_open(guest)?;
+    guest.sh("rm /etc/systemd/system/ssh.socket.d/zzz-more.conf && systemctl daemon-reload")?;
+
     let moved = move_sshd(guest)?;
     ensure!(moved.status == 0, "{moved:?}");
     session.expect_open(guest)?;
     expect_moved(guest)?;
     guest.sh("test -e /etc/systemd/system/ssh.socket.d/zz-hostagent.conf")?;
+    other_ports(guest)?;
 
     stage.power_cycle_with(crate::qemu::INSTANCE_ID, &[])?;
     let guest = stage.guest()?;
@@ -82,6 +96,21 @@ pub(super) fn socket(stage: &mut Stage) -> Result<()> {
         "{refused:?}"
     );
     host::expect_sshd(guest, 2222, 22)
+}
+
+/// Another port that is configured, 22 among them, and back.
+fn other_ports(guest: &mut Guest) -> Result<()> {
+    let mut old = 2222;
+    for port in [22, 2022, 2222] {
+        host::configure(guest, "port", &format!("[sshd]\nport = {port}\n"))?;
+        let moved = move_sshd(guest)?;
+        ensure!(moved.status == 0, "to {port}: {moved:?}");
+        host::expect_sshd(guest, port, old)?;
+        let verified = host::hostagent(guest, "verify --only sshd-port")?;
+        ensure!(verified.status == 0, "on {port}: {verified:?}");
+        old = port;
+    }
+    guest.sh("rm /etc/hostagent/conf.d/port.toml").map(drop)
 }
 
 /// `ssh.socket` of Ubuntu 22.04, which is not enabled there, and the service for each connection.
@@ -173,6 +202,8 @@ pub(super) fn lines(stage: &mut Stage) -> Result<()> {
     expect_moved(guest)?;
     let now = guest.sh("cat /etc/ssh/sshd_config")?;
     ensure!(now == format!("{original}Port 22\n"), "the operator's file was changed: {now}");
+    session.expect_open(guest)?;
+    other_ports(guest)?;
     session.expect_open(guest)?;
 
     // An address of the operator's own cannot be outdone: exactly its line is set aside.
