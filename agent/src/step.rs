@@ -17,6 +17,7 @@ use crate::aws::cache::{self, Confirmation};
 use crate::config::Filesystem;
 use crate::control::Context;
 use crate::host::ahead::Ahead;
+use crate::host::beneath;
 use crate::host::block::{self, Volumes};
 use crate::host::chain;
 use crate::host::dockerd::json::Setting;
@@ -79,6 +80,11 @@ pub enum Step {
     /// Make an empty, immutable directory to mount on.
     PrepareMountPoint {
         /// The directory.
+        path: PathBuf,
+    },
+    /// Make the directory that a mount hides immutable, if it is empty.
+    GuardMountPoint {
+        /// The mount point.
         path: PathBuf,
     },
     /// Replace a file.
@@ -223,6 +229,9 @@ impl fmt::Display for Step {
             Self::PrepareMountPoint { path } => {
                 write!(f, "make {} an empty, immutable directory", path.display())
             }
+            Self::GuardMountPoint { path } => {
+                write!(f, "make the directory beneath the mount on {} immutable", path.display())
+            }
             Self::WriteFile { path, .. } => write!(f, "write {}", path.display()),
             Self::MakeDirectory { path, mode, .. } => {
                 write!(f, "make the directory {} (mode {mode:04o})", path.display())
@@ -295,6 +304,7 @@ pub async fn apply(step: &Step, cx: &Context) -> Result<()> {
             growth::grow(&device, *filesystem, mount_point).await
         }
         Step::PrepareMountPoint { path } => prepare_mount_point(path),
+        Step::GuardMountPoint { path } => beneath::make_immutable(path),
         Step::WriteFile { path, content, mode } => files::write_atomic(path, content, *mode),
         Step::MakeDirectory { path, mode, volumes } => {
             make_directory(cx, path, *mode, volumes).await
