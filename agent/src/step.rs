@@ -286,6 +286,9 @@ impl fmt::Display for Step {
 /// How long a unit may take to start or stop.
 const UNIT_DEADLINE: Duration = Duration::from_secs(300);
 
+/// How long udev may take to make the link to what is to be mounted.
+const LINK_DEADLINE: Duration = Duration::from_secs(30);
+
 /// Between two questions to EC2 while nothing happens in the kernel.
 const ASK_AGAIN: Duration = Duration::from_secs(60);
 
@@ -448,8 +451,19 @@ async fn make_directory(cx: &Context, path: &Path, mode: u32, volumes: &Volumes)
 
 async fn mount_volume(cx: &Context, unit: &str, link: &Path, volumes: &Volumes) -> Result<()> {
     let device = volume::find_again(cx, volumes).await?;
-    let leads_to =
-        std::fs::metadata(link).with_context(|| format!("looking at {}", link.display()))?;
+    let events = Uevents::subscribe()?;
+    let until = Instant::now() + LINK_DEADLINE;
+    let leads_to = loop {
+        match std::fs::metadata(link) {
+            // By a filesystem's UUID it is there when udev has looked at what was just made.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && Instant::now() < until => {
+                if let Ok(result) = timeout_at(until, events.block_event()).await {
+                    result?;
+                }
+            }
+            result => break result.with_context(|| format!("looking at {}", link.display()))?,
+        }
+    };
     let number = block::DevNum::of(std::os::unix::fs::MetadataExt::rdev(&leads_to));
     ensure!(number == device.number(), "{} leads to {number}, not to {volumes}", link.display());
     cx.host.systemd().await?.start(unit, UNIT_DEADLINE).await

@@ -62,7 +62,7 @@ impl Control for DataMount {
         id: "data-mount",
         title: "The data volume is mounted",
         why: "Docker's storage hangs on this mount. It is a unit of systemd's, by the disk's serial \
-              number, so that Docker's start can depend on it at every boot.",
+              number (Xen: the filesystem's UUID), so that Docker's start can depend on it at every boot.",
         requires: &["data-filesystem"],
         acts_after: &[],
     };
@@ -275,7 +275,7 @@ fn expected_files(config: &Config, facts: &Facts) -> Result<Option<Files>, Unkno
          After=systemd-fsck@{fsck}\n\
          \n\
          [Mount]\n\
-         # By serial number: no other disk gets this link, whatever the kernel calls it.\n\
+         # By {by}: no other disk gets this link, whatever the kernel calls it.\n\
          What={link}\n\
          Where={place}\n\
          Type={fs}\n\
@@ -283,6 +283,11 @@ fn expected_files(config: &Config, facts: &Facts) -> Result<Option<Files>, Unkno
          Options={options},nofail\n",
         volume = facts.device.known()?.volumes,
         fsck = unit_name(link, "service"),
+        by = if link.starts_with(chain::BY_UUID) {
+            "the UUID that follows from the volume's id"
+        } else {
+            "serial number"
+        },
         link = link.display(),
         place = mount_point.display(),
         fs = config.volume.filesystem.as_str(),
@@ -385,6 +390,15 @@ mod tests {
                 "mount vol-0123456789abcdef0 (data.mount)",
             ]
         );
+    }
+
+    #[test]
+    fn on_xen_it_is_mounted_by_what_hostagent_made_on_it() {
+        let link = PathBuf::from("/dev/disk/by-uuid/f0b4e71b-1faa-5482-8fe4-ee9f5521efef");
+        let facts = Facts { link: Fact::new("t", Ok(Some(link))), ..bare() };
+        let unit = expected_files(&Config::default(), &facts).unwrap().unwrap().unit.1;
+        assert!(unit.contains("\nWhat=/dev/disk/by-uuid/f0b4e71b-"), "{unit}");
+        assert!(unit.contains("\n# By the UUID that follows from the volume's id: "), "{unit}");
     }
 
     #[test]

@@ -305,6 +305,7 @@ mod tests {
             model: None,
             size: 8 << 30,
             told_by: block::ToldBy::Serial,
+            sequence: None,
         })
     }
 

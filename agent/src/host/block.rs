@@ -204,6 +204,10 @@ pub struct Disk {
     /// How its volume is told.
     #[serde(default)]
     pub told_by: ToldBy,
+    /// Which of all disks since the boot it is, where no serial number tells: another one that comes
+    /// under the same name, of the same size, has another number (sysfs(5), `diskseq`, Linux 5.15).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sequence: Option<u64>,
 }
 
 /// How the volume of a disk is told.
@@ -286,6 +290,7 @@ pub(super) fn disk_in(dir: &Path) -> Result<Option<Disk>> {
         sectors.parse().with_context(|| format!("reading {}/size", dir.display()))?;
     // Xen's block devices name their kind on the Xen bus, and have no serial number.
     let xen = attribute(dir, &["device/devtype"])?.as_deref() == Some("vbd");
+    let sequence = if xen { attribute(dir, &["diskseq"])? } else { None };
     Ok(Some(Disk {
         name: dir.file_name().unwrap_or_default().to_string_lossy().into_owned(),
         number,
@@ -294,6 +299,7 @@ pub(super) fn disk_in(dir: &Path) -> Result<Option<Disk>> {
         model: attribute(dir, &["device/model"])?,
         size: sectors * 512,
         told_by: if xen { ToldBy::Mapping(None) } else { ToldBy::Serial },
+        sequence: sequence.and_then(|text| text.parse().ok()),
     }))
 }
 
@@ -405,6 +411,12 @@ mod tests {
         let found = disks_under(root.path()).unwrap();
         assert_eq!((found[1].name.as_str(), found[1].volume_id()), ("xvdf", None));
         assert_eq!(found[1].told_by, ToldBy::Mapping(None), "a disk of Xen's has no serial number");
+        // Another of the same name and size.
+        fs::write(root.path().join("xvdf/diskseq"), "17\n").unwrap();
+        fs::write(root.path().join("nvme0n1/diskseq"), "17\n").unwrap();
+        let again = disks_under(root.path()).unwrap();
+        assert_eq!((&again[0], again[1].sequence), (&found[0], Some(17)));
+        assert_ne!(again[1], found[1]);
         let store = Disk { model: Some(INSTANCE_STORE.into()), ..found[0].clone() };
         assert_eq!(store.volume_id(), None, "an instance store is never a volume");
     }

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::block::{DevNum, Disk, VolumeId, Volumes};
 use super::chain::{Kind, Layer};
+use super::superblock::{self, Superblock};
 
 /// The device that carries the data filesystem, with everything that it stands on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,6 +102,24 @@ impl DataDevice {
     }
 }
 
+/// The filesystem that a device carries, by its superblock; none if there is none that is known. It may
+/// be mounted.
+pub fn filesystem_of(layer: &Layer) -> Result<Option<Superblock>> {
+    let path = Path::new("/dev").join(&layer.name);
+    let doing = || format!("reading the superblock of {}", path.display());
+    let file = File::open(&path).with_context(doing)?;
+    let number = DevNum::of(file.metadata().with_context(doing)?.rdev());
+    ensure!(
+        number == layer.number,
+        "{} is the device {number}, not {}",
+        path.display(),
+        layer.number
+    );
+    let mut head = [0; superblock::HEAD];
+    file.read_exact_at(&mut head, 0).with_context(doing)?;
+    Ok(Superblock::parse(&head))
+}
+
 /// What holds a disk open. The last to close it waits for whatever is still being read of it, which
 /// is for ever where the disk does not answer (`truncate_inode_pages` in the kernel's `block/bdev.c`):
 /// so that is done in a thread, and waited for only so long.
@@ -151,13 +170,13 @@ impl<T: Send + 'static> Drop for Held<T> {
     }
 }
 
-/// Names, numbers and serial numbers of all layers.
-fn hardware(layer: &Layer) -> Vec<(String, DevNum, Option<String>)> {
-    let serial = match &layer.kind {
-        Kind::Disk(disk) => disk.serial.clone(),
-        _ => None,
+/// Names, numbers and serial numbers of all layers; and what tells disks without one apart.
+fn hardware(layer: &Layer) -> Vec<(String, DevNum, Option<String>, Option<u64>)> {
+    let (serial, sequence) = match &layer.kind {
+        Kind::Disk(disk) => (disk.serial.clone(), disk.sequence),
+        _ => (None, None),
     };
-    let mut all = vec![(layer.name.clone(), layer.number, serial)];
+    let mut all = vec![(layer.name.clone(), layer.number, serial, sequence)];
     all.extend(layer.on.iter().flat_map(hardware));
     all
 }
@@ -172,6 +191,7 @@ pub(crate) fn example(number: DevNum) -> DataDevice {
         model: None,
         size: 8 << 30,
         told_by: super::block::ToldBy::Serial,
+        sequence: None,
     };
     DataDevice::of_disk(disk.volume_id().expect("a volume's serial number"), disk)
 }
