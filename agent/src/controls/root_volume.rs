@@ -552,7 +552,7 @@ mod tests {
             ("forwards", |f| leaks(f).forward = Fact::new("t", Ok(None))),
             ("forwards", |f| leaks(f).forward = setting("yes", 0)),
             ("rsyslog reads", |f| {
-                leaks(f).journal_reader = Fact::new("t", Ok(Some("/etc/r".into())))
+                leaks(f).journal_reader = Fact::new("t", Ok(Some("/etc/r".into())));
             }),
             ("/tmp is there", |f| f.tmp = Fact::new("t", Ok(vec![disk(ROOT)]))),
             ("next boot", |f| leaks(f).tmp_unit = Fact::new("t", Ok(unit("", &[LOCAL_FS])))),

@@ -178,13 +178,11 @@ mod tests {
         let seen = std::thread::scope(|scope| {
             scope
                 .spawn(|| {
-                    if let Err(e) = on_top() {
-                        return Err(e);
-                    }
+                    on_top()?;
                     std::fs::write(data.join("on-the-volume"), "x").unwrap();
                     let before = is_immutable(&data).unwrap();
                     let made = make_immutable(&data);
-                    Ok((before, made, is_immutable(&data).unwrap()))
+                    rustix::io::Result::Ok((before, made, is_immutable(&data).unwrap()))
                 })
                 .join()
                 .unwrap()

@@ -313,7 +313,17 @@ pub fn physical_block_size(device: DevNum) -> Result<u64> {
 
 /// Who uses a device: partitions, device mapper and md above it, mounts, swap. Empty means nobody.
 pub fn users(device: DevNum) -> Result<Vec<String>> {
-    let dir = PathBuf::from(format!("/sys/dev/block/{device}"));
+    let swaps = fs::read_to_string("/proc/swaps").context("reading /proc/swaps")?;
+    users_under(Path::new("/sys/dev/block"), device, &mounts::all()?, &swaps)
+}
+
+fn users_under(
+    sys: &Path,
+    device: DevNum,
+    mounts: &[mounts::Mount],
+    swaps: &str,
+) -> Result<Vec<String>> {
+    let dir = sys.join(device.to_string());
     let mut users = Vec::new();
     let mut numbers = vec![device];
     for entry in fs::read_dir(&dir).with_context(|| format!("listing {}", dir.display()))? {
@@ -328,12 +338,11 @@ pub fn users(device: DevNum) -> Result<Vec<String>> {
         }
     }
     users.extend(holders(&dir)?);
-    for mount in mounts::all()? {
+    for mount in mounts {
         if numbers.contains(&mount.device) {
             users.push(format!("mounted on {}", mount.mount_point));
         }
     }
-    let swaps = fs::read_to_string("/proc/swaps").context("reading /proc/swaps")?;
     for line in swaps.lines().skip(1) {
         let Some(file) = line.split_whitespace().next() else { continue };
         let meta = fs::metadata(file).with_context(|| format!("looking at the swap {file}"))?;
@@ -379,6 +388,66 @@ mod tests {
         // Frozen: another value would make every existing host's volume "not ours".
         assert_eq!(id("vol-0123456789abcdef0").to_string(), "f0b4e71b-1faa-5482-8fe4-ee9f5521efef");
         assert_ne!(id("vol-0123456789abcdef0"), id("vol-0123456789abcdef1"));
+    }
+
+    #[test]
+    fn partitions_holders_mounts_and_swap_use_a_device() {
+        let sys = tempfile::tempdir().unwrap();
+        let number = |minor| DevNum { major: 259, minor };
+        let dir = |path: &str| {
+            let dir = sys.path().join(path);
+            fs::create_dir_all(&dir).unwrap();
+            dir
+        };
+        let mount = |device| mounts::Mount {
+            device,
+            root: "/".into(),
+            mount_point: "/srv".into(),
+            fs_type: "ext4".into(),
+            options: vec![],
+            read_only: false,
+        };
+        const HEAD: &str = "Filename Type Size Used Priority\n";
+        let told = |mounts: &[mounts::Mount], swaps: &str| {
+            users_under(sys.path(), number(1), mounts, &format!("{HEAD}{swaps}"))
+        };
+        assert!(told(&[], "").is_err(), "a device that cannot be looked at is not free");
+        dir("259:1/holders");
+        let nobody: [&str; 0] = [];
+        assert_eq!(told(&[mount(number(7))], "").unwrap(), nobody);
+        assert_eq!(told(&[mount(number(1))], "").unwrap(), ["mounted on /srv"]);
+
+        // A swap file on it: here, the device that a temporary file is on.
+        let file = sys.path().join("swapfile");
+        fs::write(&file, "").unwrap();
+        let swaps = format!("{HEAD}{} file 1024 0 -2\n", file.display());
+        let here = DevNum::of(fs::metadata(&file).unwrap().dev());
+        dir(&format!("{here}/holders"));
+        let on_it = users_under(sys.path(), here, &[], &swaps).unwrap();
+        assert_eq!(on_it, [format!("swap {}", file.display())]);
+        assert_eq!(users_under(sys.path(), number(1), &[], &swaps).unwrap(), nobody);
+        // One that cannot be looked at may be on it.
+        assert!(told(&[], "/no/such/swap file 1024 0 -2\n").is_err());
+
+        dir("259:1/holders/dm-0");
+        assert_eq!(told(&[], "").unwrap(), ["held by dm-0"]);
+        fs::write(dir("259:1/nvme1n1p1").join("partition"), "1\n").unwrap();
+        fs::write(dir("259:1/nvme1n1p1").join("dev"), "259:2\n").unwrap();
+        dir("259:1/nvme1n1p1/holders/md0");
+        assert_eq!(
+            told(&[mount(number(2))], "").unwrap(),
+            ["partition nvme1n1p1", "held by md0", "held by dm-0", "mounted on /srv"]
+        );
+    }
+
+    #[test]
+    fn a_device_of_swap_is_in_use() {
+        let Some(device) = super::super::loops::Loop::new(1 << 20) else { return };
+        assert_eq!(users(device.number).unwrap(), Vec::<String>::new());
+        let dir = PathBuf::from("/sys/dev/block");
+        let swaps = format!("Filename\n{} partition 1020 0 -2\n", device.path.display());
+        let users = users_under(&dir, device.number, &[], &swaps).unwrap();
+        assert_eq!(users, [format!("swap {}", device.path.display())]);
     }
 
     #[test]

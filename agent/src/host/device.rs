@@ -223,6 +223,55 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_that_became_another_is_not_opened() {
+        let Some(device) = super::super::loops::Loop::new(1 << 20) else { return };
+        let meant = device.data_device();
+        let opened = meant.open(OpenOptions::new().read(true)).unwrap();
+        meant.check(&opened).unwrap();
+        let number = DevNum { minor: meant.number().minor + 1, ..meant.number() };
+        let disk = |serial: &str| {
+            let example = example(meant.number());
+            Disk { serial: Some(serial.into()), ..example.disk().unwrap().clone() }
+        };
+        let other: [fn(&mut Layer, Disk, DevNum); 4] = [
+            // It had a serial number, and has none now: at the top, or further down.
+            |layer, disk, _| layer.kind = Kind::Disk(disk),
+            |layer, disk, _| layer.on[0].kind = Kind::Disk(disk),
+            |layer, _, _| layer.on.clear(),
+            |layer, _, number| layer.number = number,
+        ];
+        for (i, change) in other.into_iter().enumerate() {
+            let mut then = meant.clone();
+            change(&mut then.layer, disk("vol0123456789abcdef0"), number);
+            assert!(then.check(&opened).is_err(), "case {i}");
+            assert!(then.open(OpenOptions::new().read(true)).is_err(), "case {i}");
+        }
+        let layer =
+            |serial| DataDevice::of_disk(meant.volumes.ids()[0].clone(), disk(serial)).layer;
+        assert_ne!(
+            hardware(&layer("vol0123456789abcdef0")),
+            hardware(&layer("vol0123456789abcdef1"))
+        );
+    }
+
+    #[test]
+    fn the_filesystem_of_a_device_is_read() {
+        let Some(device) = super::super::loops::Loop::new(1 << 20) else { return };
+        let layer = device.data_device().layer;
+        assert_eq!(filesystem_of(&layer).unwrap(), None);
+        let uuid = "f0b4e71b-1faa-5482-8fe4-ee9f5521efef";
+        let made = std::process::Command::new(super::super::command::MKFS_EXT4)
+            .args(["-q", "-U", uuid])
+            .arg(&device.path)
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{made:?}");
+        assert_eq!(filesystem_of(&layer).unwrap().unwrap().uuid.to_string(), uuid);
+        let elsewhere = Layer { number: DevNum { major: 7, minor: 4095 }, ..layer };
+        assert!(filesystem_of(&elsewhere).is_err());
+    }
+
+    #[test]
     fn what_cannot_be_changed_is_as_it_was() {
         let (said, hears) = mpsc::channel();
         let open = Held::new(Slow(Duration::ZERO, said));
