@@ -519,7 +519,7 @@ mod tests {
     }
 
     #[test]
-    fn beneath_a_plain_tmp_an_encrypted_root_is_no_way_to_the_disk() {
+    fn what_an_encrypted_root_has_beneath_tmp_is_no_way_to_the_disk() {
         let mut facts = apart(|f| &mut f.logs);
         facts.leaks = shut().leaks;
         facts.tmp = Fact::new("t", Ok(memory()));
