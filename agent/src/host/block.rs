@@ -407,9 +407,9 @@ mod tests {
             options: vec![],
             read_only: false,
         };
-        const HEAD: &str = "Filename Type Size Used Priority\n";
+        let head = "Filename Type Size Used Priority\n";
         let told = |mounts: &[mounts::Mount], swaps: &str| {
-            users_under(sys.path(), number(1), mounts, &format!("{HEAD}{swaps}"))
+            users_under(sys.path(), number(1), mounts, &format!("{head}{swaps}"))
         };
         assert!(told(&[], "").is_err(), "a device that cannot be looked at is not free");
         dir("259:1/holders");
@@ -420,7 +420,7 @@ mod tests {
         // A swap file on it: here, the device that a temporary file is on.
         let file = sys.path().join("swapfile");
         fs::write(&file, "").unwrap();
-        let swaps = format!("{HEAD}{} file 1024 0 -2\n", file.display());
+        let swaps = format!("{head}{} file 1024 0 -2\n", file.display());
         let here = DevNum::of(fs::metadata(&file).unwrap().dev());
         dir(&format!("{here}/holders"));
         let on_it = users_under(sys.path(), here, &[], &swaps).unwrap();
