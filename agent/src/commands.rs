@@ -415,6 +415,9 @@ fn controls(output: Output) -> Result<Exit> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Config;
+    use crate::control::{About, Plan, Unknown};
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     fn selection(only: &[&str], skip: &[&str]) -> Selection {
         let own = |ids: &[&str]| ids.iter().map(|s| (*s).to_owned()).collect();
@@ -423,6 +426,47 @@ mod tests {
 
     fn ids(only: &[&str], skip: &[&str]) -> Vec<&'static str> {
         select(&selection(only, skip), false).unwrap().iter().map(|c| c.about().id).collect()
+    }
+
+    /// Met when it is looked at first, as a volume that is unmounted between apply and signal, and
+    /// never again.
+    struct Fleeting(AtomicUsize);
+
+    impl crate::control::Control for Fleeting {
+        type Facts = usize;
+
+        const ABOUT: About =
+            About { id: "fleeting", title: "", why: "", requires: &[], acts_after: &[] };
+
+        async fn observe(&self, _: &Context) -> usize {
+            self.0.fetch_add(1, Ordering::SeqCst)
+        }
+
+        fn judge(&self, _: &Config, seen: &usize) -> Result<Verdict, Unknown> {
+            Ok(match seen {
+                0 => Verdict::pass("it is there"),
+                _ => Verdict::fail("it there", "it is gone", ""),
+            })
+        }
+
+        fn plan(&self, _: &Config, _: &usize) -> Result<Plan, Unknown> {
+            Ok(Plan::Nothing)
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_met_and_is_not_any_more_is_seen_before_ready_is_said() {
+        static FLEETING: Fleeting = Fleeting(AtomicUsize::new(0));
+        let cx = Context {
+            config: Config::default(),
+            host: Host::default(),
+            aws: Aws::new(Patience::Brief),
+            deadline: None,
+        };
+        let outcomes = provision(&cx, &[&FLEETING]).await;
+        assert_eq!(FLEETING.0.load(Ordering::SeqCst), 2, "looked at afresh");
+        assert_eq!(outcomes[0].verdict.word(), "fail");
+        assert!(!outcomes[0].verdict.lets_through());
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::aws::cache::{self, Confirmation};
 use crate::config::Volume;
 use crate::host::block::{DevNum, Disk, ToldBy, VolumeId};
 use crate::host::chain::{Kind, Layer};
+use crate::host::device;
 use crate::host::docker_config::{self, Moved};
 use crate::host::identity::{self, Firmware};
 use crate::host::mounts::{self, Mount};
@@ -33,6 +34,8 @@ struct Facts {
     boot_id: String,
     /// The device of the last mount on the mount point, down to its disks; none without a device.
     device: Option<Layer>,
+    /// The UUID of the filesystem that this device carries; read where a disk has no serial number.
+    filesystem: Option<uuid::Uuid>,
     /// The device that is seen at the mount point and at the storage directories, whatever the list
     /// of mounts says: a later mount on a parent hides them.
     seen: Vec<(String, DevNum)>,
@@ -51,6 +54,10 @@ pub fn check(volume: &Volume) -> Result<String> {
         Some(mount) if mount.device.major != 0 => Some(Layer::of(mount.device)?),
         _ => None,
     };
+    let filesystem = match &device {
+        Some(layer) if by_mapping(layer) => device::filesystem_of(layer)?.map(|found| found.uuid),
+        _ => None,
+    };
     let mut seen = Vec::new();
     for path in [mount_point].into_iter().chain(STORAGE.map(|(path, _)| Path::new(path))) {
         match std::fs::metadata(path) {
@@ -66,6 +73,7 @@ pub fn check(volume: &Volume) -> Result<String> {
         mounts,
         boot_id: identity::boot_id()?,
         device,
+        filesystem,
         seen,
         moved: docker_config::moved()?,
     };
@@ -125,6 +133,12 @@ fn judge(wanted: &Volume, facts: &Facts) -> Result<String> {
         beneath == volume.ids(),
         "{place} does not stand on all of {volume}, which EC2 confirmed"
     );
+    // On Xen another volume can have got the name since, even in this boot.
+    ensure!(
+        !by_mapping(layer) || facts.filesystem == Some(volume.filesystem_uuid()),
+        "{place} is mounted from {}, and that is not the filesystem that hostagent made on {volume}",
+        layer.name
+    );
     for (path, directory) in STORAGE {
         let there = the_one(&facts.mounts, path, &format!("/{directory}"))?;
         ensure!(there == device, "{path} is on the device {there}, not on {volume} ({device})");
@@ -157,11 +171,17 @@ fn judge(wanted: &Volume, facts: &Facts) -> Result<String> {
     Ok(format!("Docker's storage is on {volume}"))
 }
 
+/// Whether no serial number tells which volume some disk beneath is.
+fn by_mapping(layer: &Layer) -> bool {
+    layer.ends().iter().flatten().any(|disk| matches!(disk.told_by, ToldBy::Mapping(_)))
+}
+
 /// The confirmed volume that a disk is.
 fn confirmed_disk(confirmation: &Confirmation, disk: &Disk) -> Result<VolumeId> {
     let is = |volume: &&cache::Confirmed| match &disk.told_by {
         ToldBy::Serial => disk.volume_id().as_ref() == Some(&volume.volume_id),
-        // In the boot in which it was confirmed, which was checked before.
+        // In the boot in which it was confirmed, which was checked before; and by the filesystem on
+        // it, which is checked then.
         ToldBy::Mapping(_) => {
             confirmation.boot_id.is_some() && volume.disk.as_ref() == Some(&disk.name)
         }
@@ -233,6 +253,7 @@ mod tests {
             model: None,
             size: 8 << 30,
             told_by: ToldBy::Serial,
+            sequence: None,
         }
     }
 
@@ -268,6 +289,7 @@ mod tests {
             ],
             boot_id: "this".into(),
             device: Some(DataDevice::of_disk(volume_id(), disk()).layer),
+            filesystem: None,
             seen: ["/data", "/var/lib/docker", "/var/lib/containerd"]
                 .map(|path| (path.to_owned(), DATA))
                 .into(),
@@ -402,6 +424,13 @@ mod tests {
         confirmation.volumes[0].disk = Some("xvdf".into());
         assert!(judge(&Volume::default(), &facts).is_err(), "without a boot");
         facts.confirmation.as_mut().unwrap().boot_id = Some("this".into());
+        // Another volume under the same name carries something else.
+        for other in [None, Some(uuid::Uuid::nil())] {
+            facts.filesystem = other;
+            let error = judge(&Volume::default(), &facts).unwrap_err().to_string();
+            assert!(error.contains("not the filesystem that hostagent made"), "{error}");
+        }
+        facts.filesystem = Some(volume_id().filesystem_uuid());
         judge(&Volume::default(), &facts).unwrap();
         facts.confirmation.as_mut().unwrap().volumes[0].disk = Some("xvdg".into());
         assert!(judge(&Volume::default(), &facts).is_err());

@@ -17,6 +17,7 @@ use crate::aws::cache::{self, Confirmation};
 use crate::config::Filesystem;
 use crate::control::Context;
 use crate::host::ahead::Ahead;
+use crate::host::beneath;
 use crate::host::block::{self, Volumes};
 use crate::host::chain;
 use crate::host::dockerd::json::Setting;
@@ -79,6 +80,11 @@ pub enum Step {
     /// Make an empty, immutable directory to mount on.
     PrepareMountPoint {
         /// The directory.
+        path: PathBuf,
+    },
+    /// Make the directory that a mount hides immutable, if it is empty.
+    GuardMountPoint {
+        /// The mount point.
         path: PathBuf,
     },
     /// Replace a file.
@@ -223,6 +229,9 @@ impl fmt::Display for Step {
             Self::PrepareMountPoint { path } => {
                 write!(f, "make {} an empty, immutable directory", path.display())
             }
+            Self::GuardMountPoint { path } => {
+                write!(f, "make the directory beneath the mount on {} immutable", path.display())
+            }
             Self::WriteFile { path, .. } => write!(f, "write {}", path.display()),
             Self::MakeDirectory { path, mode, .. } => {
                 write!(f, "make the directory {} (mode {mode:04o})", path.display())
@@ -277,6 +286,9 @@ impl fmt::Display for Step {
 /// How long a unit may take to start or stop.
 const UNIT_DEADLINE: Duration = Duration::from_secs(300);
 
+/// How long udev may take to make the link to what is to be mounted.
+const LINK_DEADLINE: Duration = Duration::from_secs(30);
+
 /// Between two questions to EC2 while nothing happens in the kernel.
 const ASK_AGAIN: Duration = Duration::from_secs(60);
 
@@ -295,6 +307,7 @@ pub async fn apply(step: &Step, cx: &Context) -> Result<()> {
             growth::grow(&device, *filesystem, mount_point).await
         }
         Step::PrepareMountPoint { path } => prepare_mount_point(path),
+        Step::GuardMountPoint { path } => beneath::make_immutable(path),
         Step::WriteFile { path, content, mode } => files::write_atomic(path, content, *mode),
         Step::MakeDirectory { path, mode, volumes } => {
             make_directory(cx, path, *mode, volumes).await
@@ -438,8 +451,19 @@ async fn make_directory(cx: &Context, path: &Path, mode: u32, volumes: &Volumes)
 
 async fn mount_volume(cx: &Context, unit: &str, link: &Path, volumes: &Volumes) -> Result<()> {
     let device = volume::find_again(cx, volumes).await?;
-    let leads_to =
-        std::fs::metadata(link).with_context(|| format!("looking at {}", link.display()))?;
+    let events = Uevents::subscribe()?;
+    let until = Instant::now() + LINK_DEADLINE;
+    let leads_to = loop {
+        match std::fs::metadata(link) {
+            // By a filesystem's UUID it is there when udev has looked at what was just made.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && Instant::now() < until => {
+                if let Ok(result) = timeout_at(until, events.block_event()).await {
+                    result?;
+                }
+            }
+            result => break result.with_context(|| format!("looking at {}", link.display()))?,
+        }
+    };
     let number = block::DevNum::of(std::os::unix::fs::MetadataExt::rdev(&leads_to));
     ensure!(number == device.number(), "{} leads to {number}, not to {volumes}", link.display());
     cx.host.systemd().await?.start(unit, UNIT_DEADLINE).await

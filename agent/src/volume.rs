@@ -393,6 +393,7 @@ mod tests {
             model: None,
             size: 8 << 30,
             told_by: ToldBy::Serial,
+            sequence: None,
         }
     }
 

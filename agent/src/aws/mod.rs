@@ -98,7 +98,8 @@ impl Aws {
     }
 
     /// The volumes that EC2 has attached to this instance. `disks` are the kernel's disks now: while
-    /// they are the same as at the last answer, that answer stands.
+    /// they are the same as at the last answer, that answer stands. A disk of Xen's that went and came
+    /// again, as another volume perhaps, is not the same: see [`Disk::sequence`].
     pub async fn attached_volumes(&self, disks: &[Disk]) -> Fact<Vec<AttachedVolume>> {
         let mut kept = self.volumes.lock().await;
         if let Some(answer) = &*kept

@@ -39,6 +39,8 @@ pub struct Facts {
     pub place: Fact<Option<Place>>,
     /// What the mount hides, if there is a mount.
     pub hidden: Fact<Option<Hidden>>,
+    /// Whether the directory that the mount hides is immutable, if there is a mount.
+    pub immutable: Fact<Option<bool>>,
     /// The content of the mount unit's file.
     pub unit_file: Fact<Option<String>>,
     /// The content of the device's time-out file.
@@ -60,7 +62,7 @@ impl Control for DataMount {
         id: "data-mount",
         title: "The data volume is mounted",
         why: "Docker's storage hangs on this mount. It is a unit of systemd's, by the disk's serial \
-              number, so that Docker's start can depend on it at every boot.",
+              number (Xen: the filesystem's UUID), so that Docker's start can depend on it at every boot.",
         requires: &["data-filesystem"],
         acts_after: &[],
     };
@@ -77,12 +79,13 @@ impl Control for DataMount {
             Ok(mounts) if mounts.is_empty() => files::place(mount_point).map(Some),
             _ => Ok(None),
         };
-        let hidden = match &mounts {
+        let (hidden, immutable) = match &mounts {
             Ok(mounts) if !mounts.is_empty() => {
                 let path = mount_point.to_path_buf();
-                blocking(move || beneath::hidden(&path)).await
+                let hidden = blocking(move || beneath::hidden(&path)).await;
+                (hidden, beneath::is_immutable(mount_point).map(Some))
             }
-            _ => Ok(None),
+            _ => (Ok(None), Ok(None)),
         };
         let unit_file = unit_path(&unit_name(mount_point, "mount"));
         let timeout_file = match &link {
@@ -96,6 +99,7 @@ impl Control for DataMount {
             mounts: Fact::new("/proc/self/mountinfo", mounts),
             place: Fact::new(mount_point.display().to_string(), place),
             hidden: Fact::new(format!("beneath {}", mount_point.display()), hidden),
+            immutable: Fact::new(format!("beneath {}", mount_point.display()), immutable),
             unit_file: Fact::new(unit_file.display().to_string(), files::read_optional(&unit_file)),
             timeout_file: Fact::new("the device unit's drop-in", timeout_file),
             unit: Fact::new("systemd (D-Bus)", unit.await),
@@ -136,6 +140,14 @@ impl Control for DataMount {
                  it, and `umount /mnt`"
             );
             let expected = format!("nothing on the root disk beneath the mount on {mount_point}");
+            return Ok(Verdict::fail(expected, observed, remedy));
+        }
+        if *facts.immutable.known()? == Some(false) {
+            let observed = format!(
+                "the directory beneath the mount on {mount_point} is not immutable: at a boot without \
+                 the volume, the root disk can be written to there"
+            );
+            let expected = format!("an immutable directory beneath the mount on {mount_point}");
             return Ok(Verdict::fail(expected, observed, remedy));
         }
         Ok(Verdict::pass(format!("{} is mounted on {mount_point}", device.volumes)))
@@ -197,10 +209,12 @@ impl Control for DataMount {
             let unit = unit_name(mount_point.path(), "mount");
             steps.push(Step::MountVolume { unit, link, volumes: device.volumes.clone() });
         }
-        if let (true, Some(observed)) =
-            (steps.is_empty(), hides(config, facts.hidden.known()?.as_ref()))
-        {
+        let hidden = hides(config, facts.hidden.known()?.as_ref());
+        if let (true, Some(observed)) = (steps.is_empty(), &hidden) {
             return Ok(Plan::refuse(format!("{observed}; hostagent removes nobody's data")));
+        }
+        if *facts.immutable.known()? == Some(false) && hidden.is_none() {
+            steps.push(Step::GuardMountPoint { path: mount_point.path().to_path_buf() });
         }
         Ok(Plan::steps(steps))
     }
@@ -261,7 +275,7 @@ fn expected_files(config: &Config, facts: &Facts) -> Result<Option<Files>, Unkno
          After=systemd-fsck@{fsck}\n\
          \n\
          [Mount]\n\
-         # By serial number: no other disk gets this link, whatever the kernel calls it.\n\
+         # By {by}: no other disk gets this link, whatever the kernel calls it.\n\
          What={link}\n\
          Where={place}\n\
          Type={fs}\n\
@@ -269,6 +283,11 @@ fn expected_files(config: &Config, facts: &Facts) -> Result<Option<Files>, Unkno
          Options={options},nofail\n",
         volume = facts.device.known()?.volumes,
         fsck = unit_name(link, "service"),
+        by = if link.starts_with(chain::BY_UUID) {
+            "the UUID that follows from the volume's id"
+        } else {
+            "serial number"
+        },
         link = link.display(),
         place = mount_point.display(),
         fs = config.volume.filesystem.as_str(),
@@ -316,6 +335,7 @@ mod tests {
             mounts: Fact::new("t", Ok(vec![])),
             place: Fact::new("t", Ok(Some(Place::Absent))),
             hidden: Fact::new("t", Ok(None)),
+            immutable: Fact::new("t", Ok(None)),
             unit_file: Fact::new("t", Ok(None)),
             timeout_file: Fact::new("t", Ok(None)),
             unit: Fact::new("t", Ok(Unit { load_state: "not-found".into(), ..Unit::default() })),
@@ -328,6 +348,7 @@ mod tests {
         Facts {
             mounts: Fact::new("t", Ok(vec![mount()])),
             place: Fact::new("t", Ok(None)),
+            immutable: Fact::new("t", Ok(Some(true))),
             unit: Fact::new(
                 "t",
                 Ok(Unit {
@@ -369,6 +390,15 @@ mod tests {
                 "mount vol-0123456789abcdef0 (data.mount)",
             ]
         );
+    }
+
+    #[test]
+    fn on_xen_it_is_mounted_by_what_hostagent_made_on_it() {
+        let link = PathBuf::from("/dev/disk/by-uuid/f0b4e71b-1faa-5482-8fe4-ee9f5521efef");
+        let facts = Facts { link: Fact::new("t", Ok(Some(link))), ..bare() };
+        let unit = expected_files(&Config::default(), &facts).unwrap().unwrap().unit.1;
+        assert!(unit.contains("\nWhat=/dev/disk/by-uuid/f0b4e71b-"), "{unit}");
+        assert!(unit.contains("\n# By the UUID that follows from the volume's id: "), "{unit}");
     }
 
     #[test]
@@ -416,6 +446,28 @@ mod tests {
     }
 
     #[test]
+    fn what_the_mount_hides_is_made_immutable() {
+        let open = || Fact::new("t", Ok(Some(false)));
+        let facts = Facts { immutable: open(), ..mounted() };
+        assert!(judge(&facts).starts_with("fail: the directory beneath"), "{}", judge(&facts));
+        let texts = |facts: &Facts| match DataMount.plan(&Config::default(), facts).unwrap() {
+            Plan::Steps(steps) => steps.iter().map(ToString::to_string).collect(),
+            other => vec![format!("{other:?}")],
+        };
+        let step = "make the directory beneath the mount on /data immutable";
+        assert_eq!(texts(&facts), [step]);
+        // Mounted by hand, before the first run.
+        let by_hand = Facts { unit_file: Fact::new("t", Ok(None)), ..facts };
+        let planned = texts(&by_hand);
+        assert_eq!((planned.len(), planned.last().unwrap().as_str()), (3, step), "{planned:?}");
+        // What holds something is not barred: it has to be moved away first.
+        let usage = crate::host::tree::Usage { bytes: 1, inodes: 1 };
+        let hidden = Fact::new("t", Ok(Some(Hidden { path: "/data/x".into(), usage })));
+        let full = Facts { hidden, immutable: open(), ..mounted() };
+        assert!(texts(&full)[0].starts_with("Refuse"), "{:?}", texts(&full));
+    }
+
+    #[test]
     fn a_mount_that_would_not_come_back_fails() {
         let changed = Facts { unit_file: Fact::new("t", Ok(Some("else".into()))), ..mounted() };
         assert!(judge(&changed).starts_with("fail"));
@@ -425,8 +477,9 @@ mod tests {
 
     #[test]
     fn an_unknown_fact_never_passes() {
-        let all: [fn(&mut Facts); 6] = [
+        let all: [fn(&mut Facts); 7] = [
             |f| f.hidden = Fact::new("t", Err(anyhow!("x"))),
+            |f| f.immutable = Fact::new("t", Err(anyhow!("x"))),
             |f| f.device = Fact::new("t", Err(anyhow!("x"))),
             |f| f.link = Fact::new("t", Err(anyhow!("x"))),
             |f| f.mounts = Fact::new("t", Err(anyhow!("x"))),

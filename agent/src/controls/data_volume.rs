@@ -257,6 +257,7 @@ mod tests {
             model: Some("Amazon Elastic Block Store".into()),
             size: 8 << 30,
             told_by: ToldBy::Serial,
+            sequence: None,
         }
     }
 

@@ -165,6 +165,7 @@ mod tests {
             model: None,
             size: 1,
             told_by: block::ToldBy::Serial,
+            sequence: None,
         })
     }
 

@@ -9,8 +9,11 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
-use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, openat, statat};
+use anyhow::{Context as _, Result, ensure};
+use rustix::fs::{
+    AtFlags, CWD, Dir, FileType, IFlags, Mode, OFlags, fsync, ioctl_getflags, ioctl_setflags,
+    openat, statat,
+};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 use serde::{Deserialize, Serialize};
@@ -72,6 +75,40 @@ pub fn hidden(path: &Path) -> Result<Option<Hidden>> {
     Ok(None)
 }
 
+/// Whether the directory beneath a mount on `path` is immutable (chattr(1) `+i`), so that nothing can
+/// be written there while the mount is absent. Not having been able to look is an error, and so is
+/// that there is no directory.
+pub fn is_immutable(path: &Path) -> Result<bool> {
+    let dir = directory(path)?;
+    // A filesystem without these flags (tmpfs, overlay) has no immutable directories.
+    Ok(ioctl_getflags(&dir).is_ok_and(|flags| flags.contains(IFlags::IMMUTABLE)))
+}
+
+/// Makes the directory beneath a mount on `path` immutable, if it is empty.
+pub fn make_immutable(path: &Path) -> Result<()> {
+    let doing =
+        || format!("making the directory beneath the mount on {} immutable", path.display());
+    let empty = || match hidden(path)? {
+        None => Ok(()),
+        Some(found) => Err(anyhow::anyhow!("it holds {}", found.path)),
+    };
+    empty().with_context(doing)?;
+    let dir = directory(path)?;
+    let flags = ioctl_getflags(&dir).with_context(doing)?;
+    ioctl_setflags(&dir, flags | IFlags::IMMUTABLE).with_context(doing)?;
+    fsync(&dir).with_context(doing)?;
+    ensure!(is_immutable(path)?, "the directory beneath {} did not stay immutable", path.display());
+    // Between the look and the flag something may have been put there.
+    empty().with_context(doing)
+}
+
+/// The directory beneath a mount on `path`, opened.
+fn directory(path: &Path) -> Result<OwnedFd> {
+    let (view, name) = parent(path)?;
+    tree::open_dir(view.as_fd(), &name)
+        .with_context(|| format!("opening the directory beneath the mount on {}", path.display()))
+}
+
 /// Measures what is hidden in an opened directory, of which one path is known.
 pub fn of(top: OwnedFd, first: &Path) -> Result<Hidden> {
     let usage = tree::measure(top, &Progress::default())
@@ -117,5 +154,59 @@ mod tests {
         let found = hidden(&dir.path().join("data")).unwrap().unwrap();
         assert_eq!(found.path, dir.path().join("data/file").display().to_string());
         assert_eq!(found.usage.inodes, 2);
+    }
+
+    /// Run in a mount namespace of its own: what is mounted there is seen by nobody else.
+    #[test]
+    fn the_directory_beneath_a_mount_is_told_and_made_immutable() {
+        // Where the build is: /tmp may be memory, which has no such flag.
+        let target = std::env::current_exe().unwrap();
+        let dir = tempfile::tempdir_in(target.parent().unwrap()).unwrap();
+        let data = dir.path().join("data");
+        std::fs::create_dir(&data).unwrap();
+        let on_top = || -> rustix::io::Result<()> {
+            use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+            #[expect(
+                deprecated,
+                reason = "its replacement is unsafe to call, and this use is sound"
+            )]
+            rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNS)?;
+            mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
+            mount("tmpfs", &data, "tmpfs", MountFlags::empty(), None)
+        };
+        // The namespace is this thread's alone, and gone with it.
+        let seen = std::thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    on_top()?;
+                    std::fs::write(data.join("on-the-volume"), "x").unwrap();
+                    let before = is_immutable(&data).unwrap();
+                    let made = make_immutable(&data);
+                    rustix::io::Result::Ok((before, made, is_immutable(&data).unwrap()))
+                })
+                .join()
+                .unwrap()
+        });
+        match seen {
+            Err(e) => eprintln!("skipped: nothing can be mounted here: {e}"),
+            Ok((before, made, after)) => {
+                assert!(!before);
+                made.unwrap();
+                assert!(after);
+                assert!(
+                    std::fs::write(data.join("file"), "x").is_err(),
+                    "the directory itself is it"
+                );
+                let top = std::fs::File::open(&data).unwrap();
+                ioctl_setflags(&top, IFlags::empty()).unwrap();
+            }
+        }
+        // What holds something is left alone; and no directory is no answer.
+        std::fs::write(data.join("file"), "x").unwrap();
+        if parent(&data).is_ok() {
+            assert!(format!("{:#}", make_immutable(&data).unwrap_err()).contains("data/file"));
+            assert!(!is_immutable(&data).unwrap());
+            assert!(is_immutable(&dir.path().join("none")).is_err());
+        }
     }
 }

@@ -204,6 +204,10 @@ pub struct Disk {
     /// How its volume is told.
     #[serde(default)]
     pub told_by: ToldBy,
+    /// Which of all disks since the boot it is, where no serial number tells: another one that comes
+    /// under the same name, of the same size, has another number (sysfs(5), `diskseq`, Linux 5.15).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sequence: Option<u64>,
 }
 
 /// How the volume of a disk is told.
@@ -286,6 +290,7 @@ pub(super) fn disk_in(dir: &Path) -> Result<Option<Disk>> {
         sectors.parse().with_context(|| format!("reading {}/size", dir.display()))?;
     // Xen's block devices name their kind on the Xen bus, and have no serial number.
     let xen = attribute(dir, &["device/devtype"])?.as_deref() == Some("vbd");
+    let sequence = if xen { attribute(dir, &["diskseq"])? } else { None };
     Ok(Some(Disk {
         name: dir.file_name().unwrap_or_default().to_string_lossy().into_owned(),
         number,
@@ -294,6 +299,7 @@ pub(super) fn disk_in(dir: &Path) -> Result<Option<Disk>> {
         model: attribute(dir, &["device/model"])?,
         size: sectors * 512,
         told_by: if xen { ToldBy::Mapping(None) } else { ToldBy::Serial },
+        sequence: sequence.and_then(|text| text.parse().ok()),
     }))
 }
 
@@ -307,7 +313,17 @@ pub fn physical_block_size(device: DevNum) -> Result<u64> {
 
 /// Who uses a device: partitions, device mapper and md above it, mounts, swap. Empty means nobody.
 pub fn users(device: DevNum) -> Result<Vec<String>> {
-    let dir = PathBuf::from(format!("/sys/dev/block/{device}"));
+    let swaps = fs::read_to_string("/proc/swaps").context("reading /proc/swaps")?;
+    users_under(Path::new("/sys/dev/block"), device, &mounts::all()?, &swaps)
+}
+
+fn users_under(
+    sys: &Path,
+    device: DevNum,
+    mounts: &[mounts::Mount],
+    swaps: &str,
+) -> Result<Vec<String>> {
+    let dir = sys.join(device.to_string());
     let mut users = Vec::new();
     let mut numbers = vec![device];
     for entry in fs::read_dir(&dir).with_context(|| format!("listing {}", dir.display()))? {
@@ -322,12 +338,11 @@ pub fn users(device: DevNum) -> Result<Vec<String>> {
         }
     }
     users.extend(holders(&dir)?);
-    for mount in mounts::all()? {
+    for mount in mounts {
         if numbers.contains(&mount.device) {
             users.push(format!("mounted on {}", mount.mount_point));
         }
     }
-    let swaps = fs::read_to_string("/proc/swaps").context("reading /proc/swaps")?;
     for line in swaps.lines().skip(1) {
         let Some(file) = line.split_whitespace().next() else { continue };
         let meta = fs::metadata(file).with_context(|| format!("looking at the swap {file}"))?;
@@ -376,6 +391,66 @@ mod tests {
     }
 
     #[test]
+    fn partitions_holders_mounts_and_swap_use_a_device() {
+        let sys = tempfile::tempdir().unwrap();
+        let number = |minor| DevNum { major: 259, minor };
+        let dir = |path: &str| {
+            let dir = sys.path().join(path);
+            fs::create_dir_all(&dir).unwrap();
+            dir
+        };
+        let mount = |device| mounts::Mount {
+            device,
+            root: "/".into(),
+            mount_point: "/srv".into(),
+            fs_type: "ext4".into(),
+            options: vec![],
+            read_only: false,
+        };
+        let head = "Filename Type Size Used Priority\n";
+        let told = |mounts: &[mounts::Mount], swaps: &str| {
+            users_under(sys.path(), number(1), mounts, &format!("{head}{swaps}"))
+        };
+        assert!(told(&[], "").is_err(), "a device that cannot be looked at is not free");
+        dir("259:1/holders");
+        let nobody: [&str; 0] = [];
+        assert_eq!(told(&[mount(number(7))], "").unwrap(), nobody);
+        assert_eq!(told(&[mount(number(1))], "").unwrap(), ["mounted on /srv"]);
+
+        // A swap file on it: here, the device that a temporary file is on.
+        let file = sys.path().join("swapfile");
+        fs::write(&file, "").unwrap();
+        let swaps = format!("{head}{} file 1024 0 -2\n", file.display());
+        let here = DevNum::of(fs::metadata(&file).unwrap().dev());
+        dir(&format!("{here}/holders"));
+        let on_it = users_under(sys.path(), here, &[], &swaps).unwrap();
+        assert_eq!(on_it, [format!("swap {}", file.display())]);
+        assert_eq!(users_under(sys.path(), number(1), &[], &swaps).unwrap(), nobody);
+        // One that cannot be looked at may be on it.
+        assert!(told(&[], "/no/such/swap file 1024 0 -2\n").is_err());
+
+        dir("259:1/holders/dm-0");
+        assert_eq!(told(&[], "").unwrap(), ["held by dm-0"]);
+        fs::write(dir("259:1/nvme1n1p1").join("partition"), "1\n").unwrap();
+        fs::write(dir("259:1/nvme1n1p1").join("dev"), "259:2\n").unwrap();
+        dir("259:1/nvme1n1p1/holders/md0");
+        assert_eq!(
+            told(&[mount(number(2))], "").unwrap(),
+            ["partition nvme1n1p1", "held by md0", "held by dm-0", "mounted on /srv"]
+        );
+    }
+
+    #[test]
+    fn a_device_of_swap_is_in_use() {
+        let Some(device) = super::super::loops::Loop::new(1 << 20) else { return };
+        assert_eq!(users(device.number).unwrap(), Vec::<String>::new());
+        let dir = PathBuf::from("/sys/dev/block");
+        let swaps = format!("Filename\n{} partition 1020 0 -2\n", device.path.display());
+        let users = users_under(&dir, device.number, &[], &swaps).unwrap();
+        assert_eq!(users, [format!("swap {}", device.path.display())]);
+    }
+
+    #[test]
     fn hidden_and_virtual_disks_are_left_out() {
         let root = tempfile::tempdir().unwrap();
         let disk = |name: &str, hidden: &str, device: bool, serial: &str| {
@@ -405,6 +480,12 @@ mod tests {
         let found = disks_under(root.path()).unwrap();
         assert_eq!((found[1].name.as_str(), found[1].volume_id()), ("xvdf", None));
         assert_eq!(found[1].told_by, ToldBy::Mapping(None), "a disk of Xen's has no serial number");
+        // Another of the same name and size.
+        fs::write(root.path().join("xvdf/diskseq"), "17\n").unwrap();
+        fs::write(root.path().join("nvme0n1/diskseq"), "17\n").unwrap();
+        let again = disks_under(root.path()).unwrap();
+        assert_eq!((&again[0], again[1].sequence), (&found[0], Some(17)));
+        assert_ne!(again[1], found[1]);
         let store = Disk { model: Some(INSTANCE_STORE.into()), ..found[0].clone() };
         assert_eq!(store.volume_id(), None, "an instance store is never a volume");
     }

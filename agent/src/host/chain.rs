@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::block::{self, DevNum, Disk, ToldBy};
+use super::block::{self, DevNum, Disk, ToldBy, VolumeId};
 
 /// A stack of devices has at most this many layers; more is a loop.
 const DEEPEST: usize = 16;
@@ -184,15 +184,19 @@ pub fn disks_beneath(path: &Path) -> Result<Vec<Disk>> {
     Ok(Layer::of(number)?.disks()?.into_iter().cloned().collect())
 }
 
+/// Where udev links to devices by the UUID of the filesystem on them.
+pub const BY_UUID: &str = "/dev/disk/by-uuid";
+
 /// The stable name of a device, that a mount unit may use because no other device gets it at the next
 /// boot: udev's link with the disk's serial number, or with the mapping's or the array's UUID. None
-/// while udev has not made it.
+/// while udev has not made it. On Xen it is the link with the UUID of the filesystem that hostagent
+/// makes on that volume, whether there is one yet or not.
 pub fn stable_name(layer: &Layer) -> Result<Option<PathBuf>> {
     let has_part: &dyn Fn(&str) -> bool = match &layer.kind {
-        Kind::Disk(Disk { told_by: ToldBy::Mapping(_), .. }) => {
-            // On Xen the name follows from EC2's mapping, and there is nothing else.
-            let path = Path::new("/dev").join(&layer.name);
-            return Ok(path.exists().then_some(path));
+        Kind::Disk(Disk { told_by: ToldBy::Mapping(volume), .. }) => {
+            // The kernel's name is that of any volume which is attached under EC2's.
+            let by_uuid = |id: &VolumeId| Path::new(BY_UUID).join(id.filesystem_uuid().to_string());
+            return Ok(volume.as_ref().map(by_uuid));
         }
         Kind::Disk(Disk { serial: Some(serial), .. }) => &|name| name.contains(serial.as_str()),
         Kind::Disk(_) | Kind::Partition | Kind::Loop | Kind::Memory | Kind::Other => {
@@ -352,6 +356,18 @@ pub(super) mod tests {
             assert_eq!(error, format!("{name} stands on no disk"));
         }
         assert!(sys.layer("1:1").is_err(), "a device that is not there");
+    }
+
+    #[test]
+    fn on_xen_the_stable_name_is_the_filesystems() {
+        let sys = Sys::new();
+        sys.device("xvdf", "202:80", &[("device/devtype", "vbd"), ("diskseq", "9")]);
+        let mut layer = sys.layer("202:80").unwrap();
+        assert_eq!(stable_name(&layer).unwrap(), None, "its volume is not known");
+        let Kind::Disk(disk) = &mut layer.kind else { panic!("{layer:?}") };
+        disk.told_by = ToldBy::Mapping(VolumeId::parse("vol-0123456789abcdef0"));
+        let uuid = "/dev/disk/by-uuid/f0b4e71b-1faa-5482-8fe4-ee9f5521efef";
+        assert_eq!(stable_name(&layer).unwrap(), Some(uuid.into()));
     }
 
     #[test]

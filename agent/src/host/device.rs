@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::block::{DevNum, Disk, VolumeId, Volumes};
 use super::chain::{Kind, Layer};
+use super::superblock::{self, Superblock};
 
 /// The device that carries the data filesystem, with everything that it stands on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,6 +102,24 @@ impl DataDevice {
     }
 }
 
+/// The filesystem that a device carries, by its superblock; none if there is none that is known. It may
+/// be mounted.
+pub fn filesystem_of(layer: &Layer) -> Result<Option<Superblock>> {
+    let path = Path::new("/dev").join(&layer.name);
+    let doing = || format!("reading the superblock of {}", path.display());
+    let file = File::open(&path).with_context(doing)?;
+    let number = DevNum::of(file.metadata().with_context(doing)?.rdev());
+    ensure!(
+        number == layer.number,
+        "{} is the device {number}, not {}",
+        path.display(),
+        layer.number
+    );
+    let mut head = [0; superblock::HEAD];
+    file.read_exact_at(&mut head, 0).with_context(doing)?;
+    Ok(Superblock::parse(&head))
+}
+
 /// What holds a disk open. The last to close it waits for whatever is still being read of it, which
 /// is for ever where the disk does not answer (`truncate_inode_pages` in the kernel's `block/bdev.c`):
 /// so that is done in a thread, and waited for only so long.
@@ -151,13 +170,13 @@ impl<T: Send + 'static> Drop for Held<T> {
     }
 }
 
-/// Names, numbers and serial numbers of all layers.
-fn hardware(layer: &Layer) -> Vec<(String, DevNum, Option<String>)> {
-    let serial = match &layer.kind {
-        Kind::Disk(disk) => disk.serial.clone(),
-        _ => None,
+/// Names, numbers and serial numbers of all layers; and what tells disks without one apart.
+fn hardware(layer: &Layer) -> Vec<(String, DevNum, Option<String>, Option<u64>)> {
+    let (serial, sequence) = match &layer.kind {
+        Kind::Disk(disk) => (disk.serial.clone(), disk.sequence),
+        _ => (None, None),
     };
-    let mut all = vec![(layer.name.clone(), layer.number, serial)];
+    let mut all = vec![(layer.name.clone(), layer.number, serial, sequence)];
     all.extend(layer.on.iter().flat_map(hardware));
     all
 }
@@ -172,6 +191,7 @@ pub(crate) fn example(number: DevNum) -> DataDevice {
         model: None,
         size: 8 << 30,
         told_by: super::block::ToldBy::Serial,
+        sequence: None,
     };
     DataDevice::of_disk(disk.volume_id().expect("a volume's serial number"), disk)
 }
@@ -200,6 +220,55 @@ mod tests {
         drop(Held::new(Slow(CLOSE * 12, said)));
         assert!(begun.elapsed() < CLOSE * 3);
         assert!(hears.try_recv().is_err());
+    }
+
+    #[test]
+    fn a_disk_that_became_another_is_not_opened() {
+        let Some(device) = super::super::loops::Loop::new(1 << 20) else { return };
+        let meant = device.data_device();
+        let opened = meant.open(OpenOptions::new().read(true)).unwrap();
+        meant.check(&opened).unwrap();
+        let number = DevNum { minor: meant.number().minor + 1, ..meant.number() };
+        let disk = |serial: &str| {
+            let example = example(meant.number());
+            Disk { serial: Some(serial.into()), ..example.disk().unwrap().clone() }
+        };
+        let other: [fn(&mut Layer, Disk, DevNum); 4] = [
+            // It had a serial number, and has none now: at the top, or further down.
+            |layer, disk, _| layer.kind = Kind::Disk(disk),
+            |layer, disk, _| layer.on[0].kind = Kind::Disk(disk),
+            |layer, _, _| layer.on.clear(),
+            |layer, _, number| layer.number = number,
+        ];
+        for (i, change) in other.into_iter().enumerate() {
+            let mut then = meant.clone();
+            change(&mut then.layer, disk("vol0123456789abcdef0"), number);
+            assert!(then.check(&opened).is_err(), "case {i}");
+            assert!(then.open(OpenOptions::new().read(true)).is_err(), "case {i}");
+        }
+        let layer =
+            |serial| DataDevice::of_disk(meant.volumes.ids()[0].clone(), disk(serial)).layer;
+        assert_ne!(
+            hardware(&layer("vol0123456789abcdef0")),
+            hardware(&layer("vol0123456789abcdef1"))
+        );
+    }
+
+    #[test]
+    fn the_filesystem_of_a_device_is_read() {
+        let Some(device) = super::super::loops::Loop::new(1 << 20) else { return };
+        let layer = device.data_device().layer;
+        assert_eq!(filesystem_of(&layer).unwrap(), None);
+        let uuid = "f0b4e71b-1faa-5482-8fe4-ee9f5521efef";
+        let made = std::process::Command::new(super::super::command::MKFS_EXT4)
+            .args(["-q", "-U", uuid])
+            .arg(&device.path)
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{made:?}");
+        assert_eq!(filesystem_of(&layer).unwrap().unwrap().uuid.to_string(), uuid);
+        let elsewhere = Layer { number: DevNum { major: 7, minor: 4095 }, ..layer };
+        assert!(filesystem_of(&elsewhere).is_err());
     }
 
     #[test]

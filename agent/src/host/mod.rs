@@ -22,6 +22,8 @@ pub mod identity;
 pub mod kernel;
 pub mod link;
 pub mod logs;
+#[cfg(test)]
+mod loops;
 pub mod migration;
 pub mod mounts;
 pub mod processes;

@@ -1,4 +1,4 @@
-//! What of a container's words could come to rest on a plain root volume: journald, a syslog daemon
+//! What of a container's words could come to rest on a plain volume of the system: journald, a syslog daemon
 //! that it feeds, `/tmp`, and Docker's log driver; and what would keep them from it.
 
 use std::path::Path;
@@ -6,24 +6,19 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::super::unit_path;
-use super::{beneath, is_fit, names};
-use crate::aws::ec2::AttachedVolume;
+use super::{Facts, is_fit, names};
 use crate::control::{Context, Fact, Plan, Unknown};
 use crate::host::docker::{self, HeldFile};
-use crate::host::ground::{self, Ground};
+use crate::host::ground::Ground;
 use crate::host::logs::{self, LogDriver};
 use crate::host::mounts::{self, Mount};
 use crate::host::settings::{self, Setting};
 use crate::host::systemd::{Systemd, Unit};
 use crate::step::Step;
 
-/// The ways from a container to the root disk.
+/// The ways from a container to a plain disk.
 #[derive(Debug, Serialize)]
 pub struct Leaks {
-    /// What the persistent journal would rest on.
-    pub journal: Fact<Vec<Ground>>,
-    /// What `/var/log` rests on.
-    pub logs: Fact<Vec<Ground>>,
     /// journald's `Storage=`.
     pub storage: Fact<Option<Setting>>,
     /// journald's `ForwardToSyslog=`.
@@ -36,8 +31,6 @@ pub struct Leaks {
     pub syslog: Fact<Unit>,
     /// The file that has rsyslog read the journal by itself.
     pub journal_reader: Fact<Option<String>>,
-    /// What `/tmp` rests on.
-    pub tmp: Fact<Vec<Ground>>,
     /// What is mounted on `/tmp`.
     pub tmp_mounts: Fact<Vec<Mount>>,
     /// `tmp.mount`
@@ -65,36 +58,24 @@ impl Leaks {
             Ok(unit) => logs::docker_driver(Some(unit.main_pid).filter(|pid| *pid != 0)),
             Err(Unknown(why)) => Err(anyhow::anyhow!(why)),
         };
-        let journal = match ground::of_path(Path::new(logs::PERSISTENT_JOURNAL)) {
-            Ok(Some(layers)) => Ok(layers),
-            // It would be made there.
-            Ok(None) => beneath(logs::LOGS),
-            Err(e) => Err(e),
-        };
         let setting = |key| settings::of_systemd("journald.conf", "Journal", key);
         let reader = logs::journal_reader().map(|path| path.map(|p| p.display().to_string()));
         Self {
-            journal: Fact::new(logs::PERSISTENT_JOURNAL, journal),
-            logs: Fact::new(logs::LOGS, beneath(logs::LOGS)),
             storage: Fact::new("journald.conf", setting("Storage")),
             forward: Fact::new("journald.conf", setting("ForwardToSyslog")),
             journald,
             held: Fact::new("/proc/PID/fd", held),
             syslog: loaded(systemd.as_ref(), "syslog.service").await,
             journal_reader: Fact::new("/etc/rsyslog.conf", reader),
-            tmp: Fact::new("/tmp", beneath("/tmp")),
             tmp_mounts: Fact::new("/proc/self/mountinfo", mounts::at(Path::new("/tmp"))),
             tmp_unit: loaded(systemd.as_ref(), TMP).await,
             driver: Fact::new("/etc/docker/daemon.json", driver),
         }
     }
 
-    /// The first way from a container to the plain root disk.
-    pub(super) fn wrong(
-        &self,
-        attached: &Fact<Vec<AttachedVolume>>,
-    ) -> Result<Option<String>, Unknown> {
-        if !is_fit(self.journal.known()?, attached)? {
+    /// The first way from a container to a plain disk.
+    pub(super) fn wrong(&self, facts: &Facts) -> Result<Option<String>, Unknown> {
+        if !is_fit(&facts.journal, &facts.attached)? {
             if let Some(file) = self.held_journal()? {
                 return Ok(Some(format!("journald writes {}", file.path)));
             }
@@ -106,7 +87,7 @@ impl Leaks {
                 return Ok(Some(format!("journald runs for longer than {file} is there")));
             }
         }
-        if self.syslog_writes(attached)? {
+        if self.syslog_writes(facts)? {
             if let Some(file) = self.journal_reader.known()? {
                 return Ok(Some(format!("rsyslog reads the journal ({file})")));
             }
@@ -118,20 +99,20 @@ impl Leaks {
                 return Ok(Some(format!("journald runs for longer than {file} is there")));
             }
         }
-        if !is_fit(self.tmp.known()?, attached)? {
+        if !is_fit(&facts.tmp, &facts.attached)? {
             return Ok(Some("/tmp is there".into()));
         }
-        if self.tmp.known()?.iter().all(Ground::hides) && !self.tmp_comes_back()? {
+        if self.tmp_would_be_plain(facts)? {
             return Ok(Some("/tmp would be there at the next boot".into()));
         }
         self.wrong_driver()
     }
 
     /// What would close them.
-    pub(super) fn plan(&self, attached: &Fact<Vec<AttachedVolume>>) -> Result<Plan, Unknown> {
+    pub(super) fn plan(&self, facts: &Facts) -> Result<Plan, Unknown> {
         let (mut steps, mut refused) = (Vec::new(), Vec::new());
-        let persistent = !is_fit(self.journal.known()?, attached)?;
-        let syslog = self.syslog_writes(attached)?;
+        let persistent = !is_fit(&facts.journal, &facts.attached)?;
+        let syslog = self.syslog_writes(facts)?;
         let written = (persistent && !self.is_volatile()?) || (syslog && self.forwards()?);
         if written {
             let later = [self.storage.known()?, self.forward.known()?]
@@ -157,7 +138,7 @@ impl Leaks {
         if let (true, Some(file)) = (syslog, self.journal_reader.known()?) {
             refused.push(format!("{file} has rsyslog read the journal: remove imjournal there"));
         }
-        self.plan_tmp(attached, &mut steps, &mut refused)?;
+        self.plan_tmp(facts, &mut steps, &mut refused)?;
         if let Some(wrong) = self.wrong_driver()? {
             refused.push(format!("{wrong}: name another driver or address there"));
         }
@@ -166,14 +147,13 @@ impl Leaks {
 
     fn plan_tmp(
         &self,
-        attached: &Fact<Vec<AttachedVolume>>,
+        facts: &Facts,
         steps: &mut Vec<Step>,
         refused: &mut Vec<String>,
     ) -> Result<(), Unknown> {
-        let tmp = self.tmp.known()?;
-        let fit = is_fit(tmp, attached)?;
-        // On a disk that EC2 encrypts it is the operator's, who sees to its coming back.
-        if fit && (!tmp.iter().all(Ground::hides) || self.tmp_comes_back()?) {
+        let tmp = facts.tmp.known()?;
+        let fit = is_fit(&facts.tmp, &facts.attached)?;
+        if fit && !self.tmp_would_be_plain(facts)? {
             return Ok(());
         }
         let unit = self.tmp_unit.known()?;
@@ -215,10 +195,10 @@ impl Leaks {
     }
 
     /// Whether there is a syslog daemon that writes to a plain disk.
-    fn syslog_writes(&self, attached: &Fact<Vec<AttachedVolume>>) -> Result<bool, Unknown> {
+    fn syslog_writes(&self, facts: &Facts) -> Result<bool, Unknown> {
         let there = self.syslog.known()?;
         let runs = there.is_up() || !matches!(there.load_state.as_str(), "not-found" | "masked");
-        Ok(runs && !is_fit(self.logs.known()?, attached)?)
+        Ok(runs && !is_fit(&facts.logs, &facts.attached)?)
     }
 
     fn forwards(&self) -> Result<bool, Unknown> {
@@ -235,6 +215,13 @@ impl Leaks {
         };
         let settings = [self.storage.known()?, self.forward.known()?];
         Ok(settings.into_iter().flatten().find(|setting| setting.changed > started))
+    }
+
+    /// Whether `/tmp` is in memory, and would be on the plain root volume at the next boot. On a disk
+    /// that EC2 encrypts it is the operator's, who sees to its coming back.
+    fn tmp_would_be_plain(&self, facts: &Facts) -> Result<bool, Unknown> {
+        let in_memory = facts.tmp.known()?.iter().all(Ground::hides);
+        Ok(in_memory && !is_fit(&facts.root, &facts.attached)? && !self.tmp_comes_back()?)
     }
 
     /// Whether systemd mounts memory on `/tmp` at the next boot.
@@ -285,7 +272,7 @@ async fn loaded(systemd: Result<&&Systemd, &anyhow::Error>, name: &str) -> Fact<
 const JOURNALD_CONTENT: &str = "\
 # Written by hostagent (control root-volume). Changes are overwritten.
 [Journal]
-# The root volume is not encrypted: what containers say must not be kept there, by nobody.
+# The volume is not encrypted: what containers say must not be kept there, by nobody.
 Storage=volatile
 ForwardToSyslog=no
 ";
@@ -312,6 +299,6 @@ Options=mode=1777,strictatime,nosuid,nodev,size=50%,nr_inodes=1m
 const LOCAL_FS_CONTENT: &str = "\
 # Written by hostagent (control root-volume). Changes are overwritten.
 [Unit]
-# The root volume is not encrypted: /tmp is in memory.
+# The volume is not encrypted: /tmp is in memory.
 Wants=tmp.mount
 ";

@@ -354,3 +354,57 @@ fn the_step_goes_on_only_over_what_the_plan_saw() {
     assert!(still(&order, &left(UUID), true).is_ok());
     assert!(still(&order, &left(Uuid::nil()), false).is_ok());
 }
+
+fn order_for(device: &DataDevice, onto: Onto) -> Order {
+    Order {
+        volumes: device.volumes.clone(),
+        filesystem: Filesystem::Ext4,
+        uuid: UUID,
+        onto,
+        allowed: true,
+        instance_id: "i-0123456789abcdef0".into(),
+    }
+}
+
+fn is_blank(path: &Path) -> bool {
+    fs::read(path).unwrap().iter().all(|byte| *byte == 0)
+}
+
+#[tokio::test]
+async fn a_device_that_somebody_holds_is_refused_though_nothing_explains_it() {
+    let Some(loop_device) = crate::host::loops::Loop::new(8 << 20) else { return };
+    let device = loop_device.data_device();
+    // As mkfs does, or a mount that is only about to be made.
+    let mut exclusive = OpenOptions::new();
+    exclusive.read(true).custom_flags(nix::libc::O_EXCL);
+    let holder = exclusive.open(&loop_device.path).unwrap();
+    assert_eq!(block::users(device.number()).unwrap(), Vec::<String>::new());
+    for onto in [Onto::Blank, Onto::Unfinished, Onto::Unrecognised] {
+        let refused = format(&order_for(&device, onto), &device, &Ahead::default()).await;
+        let said = format!("{:#}", refused.unwrap_err());
+        assert!(said.contains("is in use, though nothing explains by whom"), "{onto:?}: {said}");
+    }
+    drop(holder);
+    assert!(is_blank(&loop_device.path));
+}
+
+#[test]
+fn nothing_is_written_to_a_disk_that_became_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = image(dir.path());
+    let Some(loop_device) = crate::host::loops::Loop::new(SIZE) else { return };
+    let device = loop_device.data_device();
+    let opened = OpenOptions::new().read(true).write(true).open(&loop_device.path).unwrap();
+    // As after an interrupted format, which has left its intent already.
+    let order = order_for(&device, Onto::Unfinished);
+    let mut other = device.clone();
+    let disk = crate::host::device::example(device.number()).disk().unwrap().clone();
+    other.layer.kind = crate::host::chain::Kind::Disk(disk);
+    let refused = write(&opened, &image, &order, &other, deadline()).unwrap_err();
+    assert!(format!("{refused:#}").contains("by now, and was"), "{refused:#}");
+    opened.sync_all().unwrap();
+    assert!(is_blank(&loop_device.path));
+    // It is this that has kept it from being written to.
+    write(&opened, &image, &order, &device, deadline()).unwrap();
+    assert!(superblock(&loop_device.path).is_some());
+}

@@ -1,7 +1,8 @@
 //! What containers hold in memory and what they say does not come to rest on the root disk: swap,
-//! core dumps, and the journal and `/tmp` of a root volume that is not encrypted.
+//! core dumps, and the journal and `/tmp` of a volume that is not encrypted.
 
 use super::host;
+use crate::cloud::Volume;
 use crate::disk;
 use crate::guest::{Guest, Script};
 use crate::qemu::ROOT_SERIAL;
@@ -199,4 +200,34 @@ pub(super) fn root_plain(stage: &mut Stage) -> Result<()> {
     guest.sh("echo '{\"log-driver\": \"syslog\", \"log-opts\": {\"syslog-address\": \"udp://127.0.0.1:514\"}}' \
          > /etc/docker/daemon.json")?;
     expect_fail(guest, "root-volume", "udp://127.0.0.1:514")
+}
+
+pub(super) fn logs_plain(stage: &mut Stage) -> Result<()> {
+    host::await_signals(stage)?;
+    // The root volume is encrypted; /var/log is on a volume of its own, which is not.
+    let logs = Volume::new("vol-0cccccccccccccccc", false);
+    stage.attach(&logs, "/dev/sdg")?;
+    let guest = stage.guest()?;
+    guest.until("test -b /dev/nvme0n1", Duration::from_secs(10))?;
+    guest.sh("mkfs.ext4 -q /dev/nvme0n1 && mount /dev/nvme0n1 /var/log && \
+         rm /etc/systemd/journald.conf.d/lab.conf && mkdir /var/log/journal && \
+         systemctl restart systemd-journald && journalctl --flush")?;
+    stage.attach(&host::volume(), host::DEVICE)?;
+    host::provision(stage.guest()?, RUN)?;
+    host::expect_not_ready(stage, &[("root-volume", "fail"), ("docker-storage", "fail")])?;
+    host::expect_signals(stage, &["FAILURE"], &["ABANDON"])?;
+    let guest = stage.guest()?;
+    let said = format!("/var/log is on {}, which is not encrypted", logs.id);
+    expect_fail(guest, "root-volume", &said)?;
+
+    host::configure(guest, "root", "[root]\nencryption = \"warn\"\n")?;
+    expect_fail(guest, "root-volume", "journald writes /var/log/journal/")?;
+    host::provision(guest, RUN)?;
+    host::expect_ready(stage)?;
+    let guest = stage.guest()?;
+    guest.sh("ls -l /proc/$(pidof systemd-journald)/fd | grep -q /run/log/journal")?;
+    guest
+        .sh(&format!("journalctl -b -u hostagent.service -o cat PRIORITY=4 | grep -q '{said}'"))
+        .context("the host does not warn of the volume")
+        .map(drop)
 }

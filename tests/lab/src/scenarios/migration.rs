@@ -284,6 +284,13 @@ pub(super) fn hidden(stage: &mut Stage) -> Result<()> {
               rm -r /mnt/var/lib/docker/volumes/old && umount /mnt")
         .context("hidden data was touched")?;
     ensure!(guest.sh("cat /proc/1/mountinfo")? == mounts, "looking left a mount");
+    // What keeps the next boot from writing there without the volume is put back.
+    let flag = |change: &str| format!("mount --bind / /mnt && {change} && umount /mnt");
+    guest.sh(&flag("chattr -i /mnt/data"))?;
+    let (status, report) = host::verify(guest)?;
+    ensure!(status == 1 && report.to_string().contains("is not immutable"), "{report:#}");
     host::provision(guest, RUN)?;
-    host::expect_ready(stage)
+    host::expect_ready(stage)?;
+    let guest = stage.guest()?;
+    guest.sh(&flag("lsattr -d /mnt/data | grep -q '^[^ ]*i'")).context("still writable").map(drop)
 }

@@ -299,6 +299,11 @@ pub const ALL: &[Scenario] = &[
         leaks::root_plain,
     ),
     installed(
+        "logs-plain",
+        "logs on a volume of their own that is not encrypted, beside a root volume that is",
+        leaks::logs_plain,
+    ),
+    installed(
         "reboots",
         "ready again after a reboot; Docker down after one without the volume",
         reboots::reboots,
