@@ -17,6 +17,7 @@ use crate::host::block::{DevNum, Disk, ToldBy, VolumeId};
 use crate::host::chain::{Kind, Layer};
 use crate::host::docker_config::{self, Moved};
 use crate::host::identity::{self, Firmware};
+use crate::host::inner_links::{InnerLink, inner_links};
 use crate::host::mounts::{self, Mount};
 
 /// Docker's storage directories, and the directories on the data volume that are mounted on them.
@@ -34,10 +35,12 @@ struct Facts {
     /// The device of the last mount on the mount point, down to its disks; none without a device.
     device: Option<Layer>,
     /// The device that is seen at the mount point and at the storage directories, whatever the list
-    /// of mounts says: a later mount on a parent hides them.
-    seen: Vec<(String, DevNum)>,
+    /// of mounts says: a later mount on a parent hides them. None where nothing is seen.
+    seen: Vec<(String, Option<DevNum>)>,
     /// The storage that the daemons' configuration moves away from these.
     moved: Vec<Moved>,
+    /// The links inside of all of it.
+    links: Vec<InnerLink>,
 }
 
 /// Filesystems that hold nothing of their own: what Docker mounts below its storage.
@@ -54,11 +57,18 @@ pub fn check(volume: &Volume) -> Result<String> {
     let mut seen = Vec::new();
     for path in [mount_point].into_iter().chain(STORAGE.map(|(path, _)| Path::new(path))) {
         match std::fs::metadata(path) {
-            Ok(meta) => seen.push((path.display().to_string(), DevNum::of(meta.dev()))),
-            // An absent directory is no mount either, which is said more clearly below.
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Ok(meta) => seen.push((path.display().to_string(), Some(DevNum::of(meta.dev())))),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                seen.push((path.display().to_string(), None));
+            }
             Err(e) => return Err(e).with_context(|| format!("looking at {}", path.display())),
         }
+    }
+    let moved = docker_config::moved()?;
+    let mut links = Vec::new();
+    let places = moved.iter().filter_map(|moved| moved.place.as_deref());
+    for top in STORAGE.map(|(path, _)| Path::new(path)).into_iter().chain(places) {
+        links.extend(inner_links(top)?);
     }
     let facts = Facts {
         confirmation: cache::read().context("reading which volume EC2 confirmed")?,
@@ -67,7 +77,8 @@ pub fn check(volume: &Volume) -> Result<String> {
         boot_id: identity::boot_id()?,
         device,
         seen,
-        moved: docker_config::moved()?,
+        moved,
+        links,
     };
     judge(volume, &facts)
 }
@@ -130,6 +141,8 @@ fn judge(wanted: &Volume, facts: &Facts) -> Result<String> {
         ensure!(there == device, "{path} is on the device {there}, not on {volume} ({device})");
     }
     for (path, there) in &facts.seen {
+        // That it is mounted is known by now.
+        let Some(there) = there else { bail!("a mount hides {path}: nothing is seen there") };
         ensure!(
             *there == device,
             "a mount hides {path}: what is seen there is on the device {there}"
@@ -154,7 +167,26 @@ fn judge(wanted: &Volume, facts: &Facts) -> Result<String> {
             stray.device
         );
     }
+    if let Some(link) = facts.links.iter().find(|link| leads_off(wanted, device, link)) {
+        bail!(
+            "{path} is a link to {}, which is not on {volume} as it is mounted on {place} ({}); put \
+             what Docker has there in the place of the link, or remove the link",
+            link.target.display(),
+            link.leads
+                .as_ref()
+                .map_or("it leads nowhere".to_owned(), |(_, number)| format!("device {number}")),
+            path = link.path.display()
+        );
+    }
     Ok(format!("Docker's storage is on {volume}"))
+}
+
+/// Whether a link inside of Docker's storage leads to where nobody sees to it that it is the volume.
+fn leads_off(wanted: &Volume, device: DevNum, link: &InnerLink) -> bool {
+    let Some((there, number)) = &link.leads else { return true };
+    let tops = STORAGE.map(|(path, _)| Path::new(path));
+    let inside = |top: &Path| there.starts_with(top);
+    *number != device || !(inside(wanted.mount_point.path()) || tops.into_iter().any(inside))
 }
 
 /// The confirmed volume that a disk is.
@@ -269,15 +301,32 @@ mod tests {
             boot_id: "this".into(),
             device: Some(DataDevice::of_disk(volume_id(), disk()).layer),
             seen: ["/data", "/var/lib/docker", "/var/lib/containerd"]
-                .map(|path| (path.to_owned(), DATA))
+                .map(|path| (path.to_owned(), Some(DATA)))
                 .into(),
             moved: vec![],
+            links: vec![],
         }
     }
 
     fn moved(place: Option<&str>, device: DevNum) -> Vec<Moved> {
         let setting = "daemon.json sets data-root".to_owned();
         vec![Moved { setting, place: place.map(Into::into), device: Some(device) }]
+    }
+
+    fn link(place: &str, device: DevNum) -> Vec<InnerLink> {
+        vec![InnerLink {
+            path: "/var/lib/docker/overlay2".into(),
+            target: place.into(),
+            leads: Some((place.into(), device)),
+        }]
+    }
+
+    #[test]
+    fn links_that_stay_on_the_volume_are_nothing() {
+        for place in ["/data/fast", "/var/lib/docker/big", "/var/lib/containerd/x"] {
+            let facts = Facts { links: link(place, DATA), ..good() };
+            judge(&Volume::default(), &facts).unwrap();
+        }
     }
 
     #[test]
@@ -294,7 +343,7 @@ mod tests {
     fn opens_only_when_everything_is_in_place() {
         let volume = Volume::default();
         judge(&volume, &good()).unwrap();
-        let table: [(&str, Break); 26] = [
+        let table: [(&str, Break); 31] = [
             ("has not confirmed", |f| f.confirmation = None),
             ("does not tell which instance", |f| f.firmware.instance_id = None),
             ("belongs to", |f| f.firmware.instance_id = Some("i-0fffffffffffffff0".into())),
@@ -324,7 +373,8 @@ mod tests {
             ("nothing is mounted on /var/lib/docker", |f| _ = f.mounts.remove(2)),
             ("not on vol-", |f| f.mounts[3].device = ROOT),
             ("not /docker", |f| f.mounts[2].root = "/elsewhere".into()),
-            ("a mount hides /var/lib/docker", |f| f.seen[1].1 = ROOT),
+            ("a mount hides /var/lib/docker", |f| f.seen[1].1 = Some(ROOT)),
+            ("a mount hides /var/lib/docker: nothing", |f| f.seen[1].1 = None),
             ("/var/lib/docker/overlay2 is mounted", |f| {
                 f.mounts.push(mount("/var/lib/docker/overlay2", ROOT, "/"));
             }),
@@ -341,6 +391,13 @@ mod tests {
             ("/data/mine/overlay2 is mounted", |f| {
                 f.moved = moved(Some("/data/mine"), DATA);
                 f.mounts.push(mount("/data/mine/overlay2", ROOT, "/"));
+            }),
+            ("/var/lib/docker/overlay2 is a link to /srv/x", |f| f.links = link("/srv/x", ROOT)),
+            ("a link to /srv/x", |f| f.links = link("/srv/x", DATA)),
+            ("a link to /data/x", |f| f.links = link("/data/x", ROOT)),
+            ("it leads nowhere", |f| {
+                f.links = link("/data/x", DATA);
+                f.links[0].leads = None;
             }),
             ("belongs to", |f| f.confirmation.as_mut().unwrap().instance_id = "i-1".into()),
         ];

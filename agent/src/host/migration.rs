@@ -30,6 +30,9 @@
 //! filesystem counts as *old*, takes the link's place first, and is then moved like any other. A link to
 //! *new* stands for no *old*.
 //!
+//! A link inside of *old* that leads out of it ([`super::inner_links`]) is refused before anything stops:
+//! what is behind it would not be moved with the rest.
+//!
 //! "Unused" is what [`docker::storage`] says: nothing but what a daemon writes at its first start.
 //! Docker cannot start meanwhile: the gate wants the mounts, and their units are not there before the
 //! switch. That nothing of it runs, and nothing is mounted below *old*, is seen to by who calls.
@@ -39,6 +42,7 @@ use std::fs::File;
 use std::io::Read as _;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -53,6 +57,7 @@ use tracing::{info, warn};
 use super::beneath;
 use super::block::{DevNum, Volumes};
 use super::docker::{self, Storage};
+use super::inner_links::{InnerLink, inner_links};
 use super::link::{self, Leads, Link};
 use super::tree::{self, MARK, Progress, Usage, human};
 
@@ -81,6 +86,9 @@ pub struct Found {
     pub old: Storage,
     /// That link.
     pub link: Option<Link>,
+    /// A link in it through which a part of it is elsewhere, in words; looked for where nothing is
+    /// mounted on it.
+    pub outside: Option<String>,
     /// Its mark.
     pub old_mark: Option<String>,
     /// What the directory on the volume holds; none while the volume is not mounted.
@@ -160,6 +168,12 @@ impl Place {
         if !has_data {
             return Next::Nothing;
         }
+        if let Some(outside) = &found.outside {
+            return Next::Refuse(format!(
+                "{outside}, where that would stay when {old} is moved; stop Docker, put what it leads \
+                 to in the place of the link, and hostagent moves it with the rest"
+            ));
+        }
         match &found.new {
             None | Some(Storage::Absent | Storage::Unused) => Next::Copy,
             Some(Storage::Used(_))
@@ -214,7 +228,15 @@ fn look_in(
             Some(Leads::Elsewhere(_)) | None => {}
         }
     }
+    let top = match link.as_ref().map(|link| &link.leads) {
+        Some(Leads::Beside(real)) => Some(real.as_path()),
+        _ => is_seen(place, above, name)?.then_some(place.directory.as_path()),
+    };
     let mut found = Found {
+        outside: match top.filter(|_| is_dir(&old)) {
+            Some(top) => outside(top, &place.directory)?,
+            None => None,
+        },
         old,
         link,
         old_mark,
@@ -249,6 +271,35 @@ fn look_in(
     found.new = Some(new);
     found.incoming = exists(above.as_fd(), &name_of(&place.incoming())?)?;
     Ok(found)
+}
+
+/// Whether the directory is what is seen at its path, and not hidden by a mount.
+fn is_seen(place: &Place, above: BorrowedFd<'_>, name: &CStr) -> Result<bool> {
+    let doing = || format!("looking at {}", place.directory.display());
+    let beneath = match statat(above, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(beneath) => beneath,
+        Err(Errno::NOENT) => return Ok(false),
+        Err(e) => return Err(e).with_context(doing),
+    };
+    match std::fs::symlink_metadata(&place.directory) {
+        Ok(seen) => Ok((seen.dev(), seen.ino()) == (beneath.st_dev, beneath.st_ino)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e).with_context(doing),
+    }
+}
+
+/// The first link in `top` that leads out of it, in words. The directory will be seen at `directory`,
+/// wherever it is now: what is written in a link has to lead there.
+fn outside(top: &Path, directory: &Path) -> Result<Option<String>> {
+    let stays = |link: &InnerLink| {
+        link.leads.as_ref().is_some_and(|(there, _)| there.starts_with(top))
+            && (link.target.is_relative() || link.target.starts_with(directory))
+    };
+    let found = inner_links(top)?.into_iter().find(|link| !stays(link));
+    Ok(found.map(|InnerLink { path, target, leads }| {
+        let nowhere = if leads.is_none() { " (which leads nowhere)" } else { "" };
+        format!("{} is a link to {}{nowhere}", path.display(), target.display())
+    }))
 }
 
 /// The directory on the data volume in which the target is, which must be on that device.

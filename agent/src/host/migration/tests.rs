@@ -357,6 +357,46 @@ fn a_directory_in_use_is_not_switched() {
 }
 
 #[test]
+fn what_is_kept_elsewhere_through_a_link_is_not_moved() {
+    let outside = |world: &World, link: &str, target: &str| {
+        let path = world.place.directory.join(link);
+        let _ = fs::remove_dir_all(&path);
+        symlink(target.replace("TOP", &world.dir.path().to_string_lossy()), path).unwrap();
+        world.next()
+    };
+    for (link, target) in [
+        ("overlay2", "TOP/srv/overlay2"),
+        ("overlay2", "../../srv/overlay2"),
+        ("containers", "/no/such/place"),
+        ("volumes/records/_data", "TOP/srv/overlay2"),
+        ("volumes/v", "TOP/srv/overlay2"),
+    ] {
+        let world = World::new();
+        fs::create_dir_all(world.dir.path().join("srv/overlay2")).unwrap();
+        let Next::Refuse(why) = outside(&world, link, target) else { panic!("{link} {target}") };
+        let place = world.place.directory.join(link).display().to_string();
+        assert!(why.contains(&format!("{place} is a link to ")), "{why}");
+        let error = world.run().unwrap_err().to_string();
+        assert!(error.contains("is a link to "), "{error}");
+        assert!(!world.place.target.exists() && !world.place.incoming().exists());
+    }
+    // What stays inside stays whole.
+    for (link, target) in [("big", "volumes/records"), ("big", "TOP/lib/docker/volumes")] {
+        let world = World::new();
+        assert_eq!(outside(&world, link, target), Next::Copy, "{target}");
+    }
+    // Seen through a link in the directory's own place, too: what is written in it leads elsewhere then.
+    let world = World::new();
+    let real = world.dir.path().canonicalize().unwrap().join("data/other");
+    fs::rename(&world.place.directory, &real).unwrap();
+    symlink(&real, &world.place.directory).unwrap();
+    assert_eq!(world.next(), Next::Copy);
+    symlink(real.join("volumes"), real.join("containers")).unwrap();
+    let Next::Refuse(why) = world.next() else { panic!() };
+    assert!(why.contains("data/other/containers is a link to "), "{why}");
+}
+
+#[test]
 fn old_copies_of_other_volumes_are_named() {
     let world = World::new();
     let other = world.place.directory.with_file_name(".hostagent-migrated-docker-vol-0ffffffff");
