@@ -11,14 +11,15 @@
 //! | *left* | `/var/lib/.hostagent-migrated-docker-VOLUME`: the old copy after the switch |
 //!
 //! A copy that was compared, and its original, get one and the same *mark*, an attribute of their top
-//! directories that is drawn anew each time. Then *incoming* is renamed to *new*, *old* to *left*, and
+//! directories that is drawn anew each time; the original keeps the time at which the comparison began,
+//! too. Then *incoming* is renamed to *new*, *old* to *left*, and
 //! an empty *old* is made. Each of these is atomic and flushed before the next, so that an interrupted
 //! migration leaves one of these states, and what is done next follows from the disk alone:
 //!
 //! | *old* | *new* | *left* | what happened | what is done |
 //! |---|---|---|---|---|
 //! | data | none, or unused | – | nothing, or a copy was not finished | *incoming* is removed, and all begins anew |
-//! | data | data, *old*'s mark | – | cut between the two renames | compared once more, and only then finished |
+//! | data | data, *old*'s mark | – | cut between the two renames | compared once more, and only then finished; if *old* alone was changed since, *new* becomes *incoming*, and all begins anew |
 //! | data | data, another mark or none | – | somebody else's data is on the volume | refused, both named |
 //! | none, or unused | data, *left*'s mark | there | the switch is done | *old* is made, mounted; *left* erased |
 //! | none, or unused | mounted on *old*, *left*'s mark | there | Docker may have used *new* since | *left* is erased |
@@ -29,6 +30,12 @@
 //! A link in the place of *old* ([`super::link`]) is looked through: what it leads to on the same
 //! filesystem counts as *old*, takes the link's place first, and is then moved like any other. A link to
 //! *new* stands for no *old*.
+//!
+//! What is written to *old* after it was compared is not in the copy. Right after *old* has become *left*,
+//! and again before *left* is erased, all dates of changes in it are looked at: if one is as late as the
+//! comparison, *left* becomes *old* again, and the next run begins with comparing; or, once the switch
+//! is done, *left* stays, and what was changed is named. When it begins to be erased, that is noted in
+//! the place of the time, for erasing changes it, too.
 //!
 //! A link inside of *old* that leads out of it ([`super::inner_links`]) is refused before anything stops:
 //! what is behind it would not be moved with the rest.
@@ -59,10 +66,13 @@ use super::block::{DevNum, Volumes};
 use super::docker::{self, Storage};
 use super::inner_links::{InnerLink, inner_links};
 use super::link::{self, Leads, Link};
-use super::tree::{self, MARK, Progress, Usage, human};
+use super::tree::{self, COMPARED, MARK, Progress, Time, Usage, human};
 
 /// How the name of an old copy begins.
 const LEFT: &str = ".hostagent-migrated-";
+
+/// What stands in the place of the time of the comparison while an old copy is erased.
+const ERASING: &str = "erasing";
 
 /// How the name of an unfinished copy ends.
 const INCOMING: &str = ".hostagent-incoming";
@@ -328,10 +338,15 @@ fn exists(dir: BorrowedFd<'_>, name: &CStr) -> Result<bool> {
 
 /// The mark of a directory, if it has one.
 fn mark_of(dir: BorrowedFd<'_>, name: &CStr) -> Result<Option<String>> {
+    attribute(dir, name, MARK)
+}
+
+/// An attribute of hostagent's own, if a directory has it.
+fn attribute(dir: BorrowedFd<'_>, name: &CStr, attribute: &str) -> Result<Option<String>> {
     let doing = || format!("reading the mark of {}", name.to_string_lossy());
     let fd = tree::open_dir(dir, name).with_context(doing)?;
     let mut value = [0; 64];
-    match fgetxattr(&fd, MARK, &mut value[..]) {
+    match fgetxattr(&fd, attribute, &mut value[..]) {
         Ok(length) => Ok(Some(String::from_utf8_lossy(&value[..length]).into_owned())),
         // No mark, or a filesystem that cannot have one.
         Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(None),
@@ -340,7 +355,11 @@ fn mark_of(dir: BorrowedFd<'_>, name: &CStr) -> Result<Option<String>> {
 }
 
 fn set_mark(dir: &OwnedFd, mark: &str) -> Result<()> {
-    rustix::fs::fsetxattr(dir, MARK, mark.as_bytes(), XattrFlags::empty())
+    set_attribute(dir, MARK, mark)
+}
+
+fn set_attribute(dir: &OwnedFd, attribute: &str, value: &str) -> Result<()> {
+    rustix::fs::fsetxattr(dir, attribute, value.as_bytes(), XattrFlags::empty())
         .context("marking a directory")?;
     fsync(dir).context("flushing a mark")
 }
@@ -423,12 +442,12 @@ pub fn space(places: &[&Place], device: DevNum) -> Result<Space> {
 }
 
 /// Moves the data to the volume, as far as it is not there yet. Docker must be down, and nothing
-/// mounted at or below the directory; `idle` fails if something uses it nevertheless, and is asked
-/// before the copy and before the switch.
+/// mounted at or below the directory; `idle` fails if something uses a directory nevertheless, and is
+/// asked before the copy and before the switch.
 pub fn migrate(
     place: &Place,
     device: DevNum,
-    idle: &dyn Fn() -> Result<()>,
+    idle: &dyn Fn(&Path) -> Result<()>,
     progress: &Progress,
 ) -> Result<()> {
     tree::raise_descriptor_limit();
@@ -441,13 +460,16 @@ pub fn migrate(
         Next::Refuse(why) => bail!(why),
         Next::Finish => {
             let new = name_of(&place.target)?;
-            migration.compare(&new)?;
-            migration.switch()
+            let since = compared(migration.old_above.as_fd(), &migration.old_name)?;
+            match migration.compare(&new)? {
+                Ok(at) => migration.switch(at),
+                Err(difference) => {
+                    migration.give_up(since, &difference)?;
+                    migration.copy(false)
+                }
+            }
         }
-        Next::Copy => {
-            migration.copy(matches!(found.new, Some(Storage::Unused)))?;
-            migration.switch()
-        }
+        Next::Copy => migration.copy(matches!(found.new, Some(Storage::Unused))),
     }
 }
 
@@ -457,7 +479,7 @@ struct Migration<'a> {
     old_above: OwnedFd,
     new_above: OwnedFd,
     old_name: CString,
-    idle: &'a dyn Fn() -> Result<()>,
+    idle: &'a dyn Fn(&Path) -> Result<()>,
     progress: &'a Progress,
 }
 
@@ -467,12 +489,12 @@ impl Migration<'_> {
             .with_context(|| format!("opening {}", self.place.directory.display()))
     }
 
-    /// Makes a compared copy, and puts it in its place.
+    /// Makes a compared copy, puts it in its place, and switches.
     fn copy(&self, over_unused: bool) -> Result<()> {
         let (directory, target) = (self.place.directory.display(), self.place.target.display());
         let incoming = name_of(&self.place.incoming())?;
         let above = self.new_above.as_fd();
-        (self.idle)()?;
+        (self.idle)(&self.place.directory)?;
         self.progress.begin(&format!("measuring {directory}"), 0)?;
         let usage = tree::measure(self.open_old()?, self.progress)?;
         self.progress.begin("removing an unfinished copy", 0)?;
@@ -491,9 +513,13 @@ impl Migration<'_> {
         tree::copy(self.open_old()?, copy, self.progress)?;
         self.progress.begin("flushing", 0)?;
         syncfs(above).context("flushing the copy")?;
-        self.compare(&incoming)?;
+        let at = match self.compare(&incoming)? {
+            Ok(at) => at,
+            Err(difference) => bail!(difference),
+        };
 
         let (mark, old) = (new_mark()?, self.open_old()?);
+        set_attribute(&old, COMPARED, &at.to_string())?;
         set_mark(&old, &mark)?;
         set_mark(&tree::open_dir(above, &incoming).context("opening the copy")?, &mark)?;
         syncfs(above).context("flushing the copy")?;
@@ -503,17 +529,19 @@ impl Migration<'_> {
         let flags = if over_unused { RenameFlags::EXCHANGE } else { RenameFlags::NOREPLACE };
         renameat_with(above, &*incoming, above, &*name, flags)
             .with_context(|| format!("putting the copy in its place, {target}"))?;
-        syncfs(above).context("flushing the copy's name")
+        syncfs(above).context("flushing the copy's name")?;
+        self.switch(at)
     }
 
-    /// Compares the old directory with a copy on the volume.
-    fn compare(&self, copy: &CStr) -> Result<()> {
+    /// Compares the old directory with a copy on the volume: when that began, or what is not the same.
+    fn compare(&self, copy: &CStr) -> Result<Result<Time, String>> {
         let directory = self.place.directory.display();
         let usage = tree::measure(self.open_old()?, self.progress)?;
         self.progress.begin(&format!("comparing {directory}"), usage.bytes)?;
         let copy = tree::open_dir(self.new_above.as_fd(), copy).context("opening the copy")?;
         let seen = DevNum::of(fstat(&copy)?.st_dev);
         ensure!(seen == self.device, "the copy is on {seen}, not on {}", self.device);
+        let at = tree::now(self.open_old()?.as_fd())?;
         match tree::compare(self.open_old()?, copy, self.progress)? {
             Ok(alike) => {
                 if let Some(path) = alike.linked_outside {
@@ -522,26 +550,69 @@ impl Migration<'_> {
                          it stays on the root disk"
                     );
                 }
-                Ok(())
+                Ok(Ok(at))
             }
-            Err(difference) => bail!(
+            Err(difference) => Ok(Err(format!(
                 "{directory} and its copy on {} are not the same, so nothing is switched: \
                  {directory}/{difference}",
                 self.place.volumes
-            ),
+            ))),
         }
     }
 
-    /// Puts the old copy aside, and an empty directory in its place.
-    fn switch(&self) -> Result<()> {
+    /// Makes an unfinished copy of one that is not the same any more. Only if that is what it was when it
+    /// was compared, and nobody has it: else somebody may have worked with it, and it is the newer one.
+    fn give_up(&self, since: Option<Time>, difference: &str) -> Result<()> {
+        let target = &self.place.target;
+        let refuse =
+            |why: &str| format!("{difference}; {why}: look at both, and move one of them away");
+        let Some(since) = since else {
+            bail!(refuse("when they were is not known"));
+        };
+        let (above, name) = (self.new_above.as_fd(), name_of(target)?);
+        let copy = tree::open_dir(above, &name).context("opening the copy")?;
+        if let Some(path) = tree::changed_since(copy, since, self.progress)? {
+            bail!(refuse(&format!("{}/{path} was changed since they were", target.display())));
+        }
+        (self.idle)(target)?;
+        warn!("{difference}; it was changed since it was copied, and is copied anew");
+        let incoming = name_of(&self.place.incoming())?;
+        // What an exchange left, or an earlier copy.
+        tree::remove(above, &incoming, self.progress)?;
+        renameat_with(above, &*name, above, &*incoming, RenameFlags::NOREPLACE)
+            .with_context(|| format!("giving up {}", target.display()))?;
+        syncfs(above).context("flushing the copy's name")
+    }
+
+    /// Puts the old copy aside, and an empty directory in its place. The comparison began at `compared`:
+    /// if something was changed since, the old copy is put back.
+    fn switch(&self, compared: Time) -> Result<()> {
         let directory = self.place.directory.display();
-        (self.idle)().context("nothing is switched")?;
+        (self.idle)(&self.place.directory).context("nothing is switched")?;
         self.progress.tick()?;
         let above = self.old_above.as_fd();
         let left = name_of(&self.place.left())?;
-        renameat_with(above, &*self.old_name, above, &*left, RenameFlags::NOREPLACE)
-            .with_context(|| format!("renaming {directory} to {}", self.place.left().display()))?;
-        fsync(above).context("flushing the new name")?;
+        set_attribute(&self.open_old()?, COMPARED, &compared.to_string())?;
+        self.progress.tick()?;
+        let rename = |from: &CStr, to: &CStr| {
+            renameat_with(above, from, above, to, RenameFlags::NOREPLACE).with_context(|| {
+                format!("renaming between {directory} and {}", self.place.left().display())
+            })?;
+            fsync(above).context("flushing the new name")
+        };
+        rename(&self.old_name, &left)?;
+        let changed = tree::open_dir(above, &left)
+            .context("opening the old copy")
+            .and_then(|top| tree::changed_since(top, compared, self.progress));
+        if !matches!(changed, Ok(None)) {
+            rename(&left, &self.old_name)?;
+            let path = changed.context("nothing is switched")?.unwrap_or_default();
+            bail!(
+                "{directory}/{path} was changed after it had been compared with its copy on {}, so \
+                 nothing is switched: see what writes there",
+                self.place.volumes
+            );
+        }
         info!("{directory} is now on {}", self.place.volumes);
         mkdirat(above, &*self.old_name, Mode::RWXU | Mode::XGRP)
             .with_context(|| format!("making {directory}"))?;
@@ -551,16 +622,27 @@ impl Migration<'_> {
     }
 }
 
+/// When the comparison of an original with its copy began; none if that was not written down.
+fn compared(above: BorrowedFd<'_>, name: &CStr) -> Result<Option<Time>> {
+    Ok(attribute(above, name, COMPARED)?.and_then(|text| text.parse().ok()))
+}
+
 /// Overwrites and removes the old copy, of which the volume must have the new one. That this is
-/// mounted on the directory, and that the volume is the confirmed one, is seen to by who calls.
-pub fn erase(place: &Place, device: DevNum, progress: &Progress) -> Result<()> {
+/// mounted on the directory, and that the volume is the confirmed one, is seen to by who calls. `idle`
+/// fails if something uses a directory.
+pub fn erase(
+    place: &Place,
+    device: DevNum,
+    idle: &dyn Fn(&Path) -> Result<()>,
+    progress: &Progress,
+) -> Result<()> {
     tree::raise_descriptor_limit();
     let (old_above, new_above) = (open_parent(&place.directory)?, open_volume(place, device)?);
-    let left = name_of(&place.left())?;
-    if !exists(old_above.as_fd(), &left)? {
+    let (above, left) = (old_above.as_fd(), name_of(&place.left())?);
+    if !exists(above, &left)? {
         return Ok(());
     }
-    let mark = mark_of(old_above.as_fd(), &left)?;
+    let mark = mark_of(above, &left)?;
     let copy = mark_of(new_above.as_fd(), &name_of(&place.target)?)?;
     ensure!(
         mark.is_some() && mark == copy,
@@ -568,7 +650,27 @@ pub fn erase(place: &Place, device: DevNum, progress: &Progress) -> Result<()> {
         place.target.display(),
         place.left().display()
     );
-    tree::erase(old_above.as_fd(), &left, progress)
+    if attribute(above, &left, COMPARED)?.as_deref() != Some(ERASING) {
+        idle(&place.left()).context("nothing is erased")?;
+        let top = tree::open_dir(above, &left).context("opening the old copy")?;
+        let shown = place.left();
+        let shown = shown.display();
+        let changed = match compared(above, &left)? {
+            Some(time) => tree::changed_since(top, time, progress)?
+                .map(|path| format!("{shown}/{path} was changed after it had been compared")),
+            None => Some(format!("when {shown} was compared is not known")),
+        };
+        if let Some(changed) = changed {
+            bail!(
+                "{changed} with its copy in {}, so nothing is erased: put there what it lacks, and \
+                 move {shown} away",
+                place.target.display()
+            );
+        }
+        let top = tree::open_dir(above, &left).context("opening the old copy")?;
+        set_attribute(&top, COMPARED, ERASING)?;
+    }
+    tree::erase(above, &left, progress)
         .with_context(|| format!("erasing {}", place.left().display()))
 }
 
