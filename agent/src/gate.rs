@@ -18,7 +18,7 @@ use crate::host::chain::{Kind, Layer};
 use crate::host::docker_config::{self, Moved};
 use crate::host::identity::{self, Firmware};
 use crate::host::inner_links::{InnerLink, inner_links};
-use crate::host::mounts::{self, Mount};
+use crate::host::mounts::{self, Mount, Overlay};
 
 /// Docker's storage directories, and the directories on the data volume that are mounted on them.
 pub const STORAGE: [(&str, &str); 2] =
@@ -30,6 +30,8 @@ struct Facts {
     firmware: Firmware,
     /// All mounts.
     mounts: Vec<Mount>,
+    /// All overlays among them, with what is written to them.
+    overlays: Vec<Overlay>,
     /// This boot.
     boot_id: String,
     /// The device of the last mount on the mount point, down to its disks; none without a device.
@@ -43,7 +45,8 @@ struct Facts {
     links: Vec<InnerLink>,
 }
 
-/// Filesystems that hold nothing of their own: what Docker mounts below its storage.
+/// Filesystems that hold nothing of their own: what Docker mounts below its storage. What is written to
+/// an overlay is in a directory elsewhere, which is looked at besides.
 pub const NOT_ON_DISK: [&str; 3] = ["overlay", "tmpfs", "nsfs"];
 
 /// Looks, and says in one sentence why Docker may start, or fails with why it may not.
@@ -74,6 +77,7 @@ pub fn check(volume: &Volume) -> Result<String> {
         confirmation: cache::read().context("reading which volume EC2 confirmed")?,
         firmware: identity::firmware()?,
         mounts,
+        overlays: mounts::overlays()?,
         boot_id: identity::boot_id()?,
         device,
         seen,
@@ -167,6 +171,13 @@ fn judge(wanted: &Volume, facts: &Facts) -> Result<String> {
             stray.device
         );
     }
+    if let Some(Overlay { mount_point, upper, .. }) = stray_overlay(wanted, device, facts) {
+        bail!(
+            "what is written to the overlay on {} is kept in {}, which is not on {volume}",
+            mount_point.display(),
+            upper.as_deref().unwrap_or(Path::new("nothing")).display()
+        );
+    }
     if let Some(link) = facts.links.iter().find(|link| leads_off(wanted, device, link)) {
         bail!(
             "{path} is a link to {}, which is not on {volume} as it is mounted on {place} ({}); put \
@@ -207,18 +218,30 @@ fn confirmed_disk(confirmation: &Confirmation, disk: &Disk) -> Result<VolumeId> 
     }
 }
 
-/// A mount below Docker's storage through which data would leave the volume.
-fn stray_mount<'a>(wanted: &Volume, device: DevNum, facts: &'a Facts) -> Option<&'a Mount> {
+/// Whether a path is inside of Docker's storage, wherever that is seen.
+fn is_inside(wanted: &Volume, facts: &Facts, path: &Path) -> bool {
     let storage = STORAGE.iter().flat_map(|(path, directory)| {
         [Path::new(path).to_path_buf(), wanted.mount_point.path().join(directory)]
     });
     let moved = facts.moved.iter().filter_map(|moved| moved.place.clone());
-    let storage: Vec<_> = storage.chain(moved).collect();
+    storage.chain(moved).any(|top| path.starts_with(&top) && path != top)
+}
+
+/// A mount below Docker's storage through which data would leave the volume.
+fn stray_mount<'a>(wanted: &Volume, device: DevNum, facts: &'a Facts) -> Option<&'a Mount> {
     facts.mounts.iter().find(|mount| {
-        let path = Path::new(&mount.mount_point);
-        storage.iter().any(|top| path.starts_with(top) && path != top)
+        is_inside(wanted, facts, Path::new(&mount.mount_point))
             && mount.device != device
             && !NOT_ON_DISK.contains(&mount.fs_type.as_str())
+    })
+}
+
+/// An overlay below Docker's storage through which data would leave the volume.
+fn stray_overlay<'a>(wanted: &Volume, device: DevNum, facts: &'a Facts) -> Option<&'a Overlay> {
+    facts.overlays.iter().find(|overlay| {
+        is_inside(wanted, facts, &overlay.mount_point)
+            && overlay.upper.is_some()
+            && overlay.device != Some(device)
     })
 }
 
@@ -298,6 +321,7 @@ mod tests {
                 mount("/var/lib/docker", DATA, "/docker"),
                 mount("/var/lib/containerd", DATA, "/containerd"),
             ],
+            overlays: vec![],
             boot_id: "this".into(),
             device: Some(DataDevice::of_disk(volume_id(), disk()).layer),
             seen: ["/data", "/var/lib/docker", "/var/lib/containerd"]
@@ -319,6 +343,10 @@ mod tests {
             target: place.into(),
             leads: Some((place.into(), device)),
         }]
+    }
+
+    fn overlay(mount_point: &str, upper: Option<&str>, device: Option<DevNum>) -> Overlay {
+        Overlay { mount_point: mount_point.into(), upper: upper.map(Into::into), device }
     }
 
     #[test]
@@ -343,7 +371,7 @@ mod tests {
     fn opens_only_when_everything_is_in_place() {
         let volume = Volume::default();
         judge(&volume, &good()).unwrap();
-        let table: [(&str, Break); 31] = [
+        let table: [(&str, Break); 33] = [
             ("has not confirmed", |f| f.confirmation = None),
             ("does not tell which instance", |f| f.firmware.instance_id = None),
             ("belongs to", |f| f.firmware.instance_id = Some("i-0fffffffffffffff0".into())),
@@ -391,6 +419,13 @@ mod tests {
             ("/data/mine/overlay2 is mounted", |f| {
                 f.moved = moved(Some("/data/mine"), DATA);
                 f.mounts.push(mount("/data/mine/overlay2", ROOT, "/"));
+            }),
+            ("overlay on /var/lib/docker/volumes is kept in /srv/u", |f| {
+                f.overlays.push(overlay("/var/lib/docker/volumes", Some("/srv/u"), Some(ROOT)));
+            }),
+            // It is not known what becomes of what is written there.
+            ("overlay on /data/docker/overlay2/ab/merged is kept in", |f| {
+                f.overlays.push(overlay("/data/docker/overlay2/ab/merged", Some("ab/diff"), None));
             }),
             ("/var/lib/docker/overlay2 is a link to /srv/x", |f| f.links = link("/srv/x", ROOT)),
             ("a link to /srv/x", |f| f.links = link("/srv/x", DATA)),
@@ -467,10 +502,15 @@ mod tests {
     #[test]
     fn what_docker_itself_mounts_is_no_stray() {
         let mut facts = good();
-        let mut overlay =
-            mount("/var/lib/docker/overlay2/ab/merged", DevNum { major: 0, minor: 50 }, "/");
-        overlay.fs_type = "overlay".into();
-        facts.mounts.push(overlay);
+        let merged = "/var/lib/docker/overlay2/ab/merged";
+        let mut own = mount(merged, DevNum { major: 0, minor: 50 }, "/");
+        own.fs_type = "overlay".into();
+        facts.mounts.push(own);
+        let upper = "/var/lib/docker/overlay2/ab/diff";
+        facts.overlays.push(overlay(merged, Some(upper), Some(DATA)));
+        // Nothing can be written to it; and it is not Docker's.
+        facts.overlays.push(overlay("/var/lib/docker/x", None, None));
+        facts.overlays.push(overlay("/srv/x", Some("/srv/u"), Some(ROOT)));
         judge(&Volume::default(), &facts).unwrap();
     }
 
