@@ -37,6 +37,7 @@ pub fn inner_links(top: &Path) -> Result<Vec<InnerLink>> {
 
 /// Whether this is the name of the directory that Docker has for remapped users, such as
 /// `100000.100000`.
+#[must_use]
 pub fn is_remapped(name: &str) -> bool {
     name.split_once('.').is_some_and(|(user, group)| {
         [user, group].iter().all(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))

@@ -4,8 +4,11 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 
+use anyhow::bail;
+
+use super::moving::ERASING;
 use super::*;
-use crate::host::tree::compare;
+use crate::host::tree::{COMPARED, compare};
 
 struct World {
     dir: tempfile::TempDir,
@@ -68,6 +71,9 @@ impl World {
         }
     }
 }
+
+/// Something that happens to a world.
+type Change = fn(&World);
 
 fn put_mark(path: &Path, mark: &str) {
     set_mark(&File::open(path).unwrap().into(), mark).unwrap();
@@ -216,7 +222,6 @@ fn a_copy_that_somebody_worked_with_is_never_given_up() {
     if not_root() {
         return;
     }
-    type Change = fn(&World);
     let cases: [(&str, Change); 3] = [
         ("volumes/records/_data/9 was changed", |w| {
             fs::write(w.place.target.join("volumes/records/_data/9"), "worked").unwrap();
@@ -277,7 +282,6 @@ fn what_is_written_after_the_comparison_is_not_erased() {
     assert_eq!(fs::read_to_string(copied).unwrap(), "late");
 
     // After the switch: it stays, whole.
-    type Change = fn(&World);
     let cases: [(&str, Change); 3] = [
         ("volumes/records/_data/3 was changed after it had been compared", |w| {
             fs::write(w.place.left().join("volumes/records/_data/3"), "record 3").unwrap();
