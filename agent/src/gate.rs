@@ -18,7 +18,8 @@ use crate::host::chain::{Kind, Layer};
 use crate::host::device;
 use crate::host::docker_config::{self, Moved};
 use crate::host::identity::{self, Firmware};
-use crate::host::mounts::{self, Mount};
+use crate::host::inner_links::{InnerLink, inner_links};
+use crate::host::mounts::{self, Mount, Overlay};
 
 /// Docker's storage directories, and the directories on the data volume that are mounted on them.
 pub const STORAGE: [(&str, &str); 2] =
@@ -30,6 +31,8 @@ struct Facts {
     firmware: Firmware,
     /// All mounts.
     mounts: Vec<Mount>,
+    /// All overlays among them, with what is written to them.
+    overlays: Vec<Overlay>,
     /// This boot.
     boot_id: String,
     /// The device of the last mount on the mount point, down to its disks; none without a device.
@@ -37,13 +40,16 @@ struct Facts {
     /// The UUID of the filesystem that this device carries; read where a disk has no serial number.
     filesystem: Option<uuid::Uuid>,
     /// The device that is seen at the mount point and at the storage directories, whatever the list
-    /// of mounts says: a later mount on a parent hides them.
-    seen: Vec<(String, DevNum)>,
+    /// of mounts says: a later mount on a parent hides them. None where nothing is seen.
+    seen: Vec<(String, Option<DevNum>)>,
     /// The storage that the daemons' configuration moves away from these.
     moved: Vec<Moved>,
+    /// The links inside of all of it.
+    links: Vec<InnerLink>,
 }
 
-/// Filesystems that hold nothing of their own: what Docker mounts below its storage.
+/// Filesystems that hold nothing of their own: what Docker mounts below its storage. What is written to
+/// an overlay is in a directory elsewhere, which is looked at besides.
 pub const NOT_ON_DISK: [&str; 3] = ["overlay", "tmpfs", "nsfs"];
 
 /// Looks, and says in one sentence why Docker may start, or fails with why it may not.
@@ -61,21 +67,30 @@ pub fn check(volume: &Volume) -> Result<String> {
     let mut seen = Vec::new();
     for path in [mount_point].into_iter().chain(STORAGE.map(|(path, _)| Path::new(path))) {
         match std::fs::metadata(path) {
-            Ok(meta) => seen.push((path.display().to_string(), DevNum::of(meta.dev()))),
-            // An absent directory is no mount either, which is said more clearly below.
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Ok(meta) => seen.push((path.display().to_string(), Some(DevNum::of(meta.dev())))),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                seen.push((path.display().to_string(), None));
+            }
             Err(e) => return Err(e).with_context(|| format!("looking at {}", path.display())),
         }
+    }
+    let moved = docker_config::moved()?;
+    let mut links = Vec::new();
+    let places = moved.iter().filter_map(|moved| moved.place.as_deref());
+    for top in STORAGE.map(|(path, _)| Path::new(path)).into_iter().chain(places) {
+        links.extend(inner_links(top)?);
     }
     let facts = Facts {
         confirmation: cache::read().context("reading which volume EC2 confirmed")?,
         firmware: identity::firmware()?,
         mounts,
+        overlays: mounts::overlays()?,
         boot_id: identity::boot_id()?,
         device,
         filesystem,
         seen,
-        moved: docker_config::moved()?,
+        moved,
+        links,
     };
     judge(volume, &facts)
 }
@@ -144,6 +159,8 @@ fn judge(wanted: &Volume, facts: &Facts) -> Result<String> {
         ensure!(there == device, "{path} is on the device {there}, not on {volume} ({device})");
     }
     for (path, there) in &facts.seen {
+        // That it is mounted is known by now.
+        let Some(there) = there else { bail!("a mount hides {path}: nothing is seen there") };
         ensure!(
             *there == device,
             "a mount hides {path}: what is seen there is on the device {there}"
@@ -168,12 +185,38 @@ fn judge(wanted: &Volume, facts: &Facts) -> Result<String> {
             stray.device
         );
     }
+    if let Some(Overlay { mount_point, upper, .. }) = stray_overlay(wanted, device, facts) {
+        bail!(
+            "what is written to the overlay on {} is kept in {}, which is not on {volume}",
+            mount_point.display(),
+            upper.as_deref().unwrap_or(Path::new("nothing")).display()
+        );
+    }
+    if let Some(link) = facts.links.iter().find(|link| leads_off(wanted, device, link)) {
+        bail!(
+            "{path} is a link to {}, which is not on {volume} as it is mounted on {place} ({}); put \
+             what Docker has there in the place of the link, or remove the link",
+            link.target.display(),
+            link.leads
+                .as_ref()
+                .map_or("it leads nowhere".to_owned(), |(_, number)| format!("device {number}")),
+            path = link.path.display()
+        );
+    }
     Ok(format!("Docker's storage is on {volume}"))
 }
 
 /// Whether no serial number tells which volume some disk beneath is.
 fn by_mapping(layer: &Layer) -> bool {
     layer.ends().iter().flatten().any(|disk| matches!(disk.told_by, ToldBy::Mapping(_)))
+}
+
+/// Whether a link inside of Docker's storage leads to where nobody sees to it that it is the volume.
+fn leads_off(wanted: &Volume, device: DevNum, link: &InnerLink) -> bool {
+    let Some((there, number)) = &link.leads else { return true };
+    let tops = STORAGE.map(|(path, _)| Path::new(path));
+    let inside = |top: &Path| there.starts_with(top);
+    *number != device || !(inside(wanted.mount_point.path()) || tops.into_iter().any(inside))
 }
 
 /// The confirmed volume that a disk is.
@@ -195,18 +238,30 @@ fn confirmed_disk(confirmation: &Confirmation, disk: &Disk) -> Result<VolumeId> 
     }
 }
 
-/// A mount below Docker's storage through which data would leave the volume.
-fn stray_mount<'a>(wanted: &Volume, device: DevNum, facts: &'a Facts) -> Option<&'a Mount> {
+/// Whether a path is inside of Docker's storage, wherever that is seen.
+fn is_inside(wanted: &Volume, facts: &Facts, path: &Path) -> bool {
     let storage = STORAGE.iter().flat_map(|(path, directory)| {
         [Path::new(path).to_path_buf(), wanted.mount_point.path().join(directory)]
     });
     let moved = facts.moved.iter().filter_map(|moved| moved.place.clone());
-    let storage: Vec<_> = storage.chain(moved).collect();
+    storage.chain(moved).any(|top| path.starts_with(&top) && path != top)
+}
+
+/// A mount below Docker's storage through which data would leave the volume.
+fn stray_mount<'a>(wanted: &Volume, device: DevNum, facts: &'a Facts) -> Option<&'a Mount> {
     facts.mounts.iter().find(|mount| {
-        let path = Path::new(&mount.mount_point);
-        storage.iter().any(|top| path.starts_with(top) && path != top)
+        is_inside(wanted, facts, Path::new(&mount.mount_point))
             && mount.device != device
             && !NOT_ON_DISK.contains(&mount.fs_type.as_str())
+    })
+}
+
+/// An overlay below Docker's storage through which data would leave the volume.
+fn stray_overlay<'a>(wanted: &Volume, device: DevNum, facts: &'a Facts) -> Option<&'a Overlay> {
+    facts.overlays.iter().find(|overlay| {
+        is_inside(wanted, facts, &overlay.mount_point)
+            && overlay.upper.is_some()
+            && overlay.device != Some(device)
     })
 }
 
@@ -287,19 +342,41 @@ mod tests {
                 mount("/var/lib/docker", DATA, "/docker"),
                 mount("/var/lib/containerd", DATA, "/containerd"),
             ],
+            overlays: vec![],
             boot_id: "this".into(),
             device: Some(DataDevice::of_disk(volume_id(), disk()).layer),
             filesystem: None,
             seen: ["/data", "/var/lib/docker", "/var/lib/containerd"]
-                .map(|path| (path.to_owned(), DATA))
+                .map(|path| (path.to_owned(), Some(DATA)))
                 .into(),
             moved: vec![],
+            links: vec![],
         }
     }
 
     fn moved(place: Option<&str>, device: DevNum) -> Vec<Moved> {
         let setting = "daemon.json sets data-root".to_owned();
         vec![Moved { setting, place: place.map(Into::into), device: Some(device) }]
+    }
+
+    fn link(place: &str, device: DevNum) -> Vec<InnerLink> {
+        vec![InnerLink {
+            path: "/var/lib/docker/overlay2".into(),
+            target: place.into(),
+            leads: Some((place.into(), device)),
+        }]
+    }
+
+    fn overlay(mount_point: &str, upper: Option<&str>, device: Option<DevNum>) -> Overlay {
+        Overlay { mount_point: mount_point.into(), upper: upper.map(Into::into), device }
+    }
+
+    #[test]
+    fn links_that_stay_on_the_volume_are_nothing() {
+        for place in ["/data/fast", "/var/lib/docker/big", "/var/lib/containerd/x"] {
+            let facts = Facts { links: link(place, DATA), ..good() };
+            judge(&Volume::default(), &facts).unwrap();
+        }
     }
 
     #[test]
@@ -316,7 +393,7 @@ mod tests {
     fn opens_only_when_everything_is_in_place() {
         let volume = Volume::default();
         judge(&volume, &good()).unwrap();
-        let table: [(&str, Break); 26] = [
+        let table: [(&str, Break); 33] = [
             ("has not confirmed", |f| f.confirmation = None),
             ("does not tell which instance", |f| f.firmware.instance_id = None),
             ("belongs to", |f| f.firmware.instance_id = Some("i-0fffffffffffffff0".into())),
@@ -346,7 +423,8 @@ mod tests {
             ("nothing is mounted on /var/lib/docker", |f| _ = f.mounts.remove(2)),
             ("not on vol-", |f| f.mounts[3].device = ROOT),
             ("not /docker", |f| f.mounts[2].root = "/elsewhere".into()),
-            ("a mount hides /var/lib/docker", |f| f.seen[1].1 = ROOT),
+            ("a mount hides /var/lib/docker", |f| f.seen[1].1 = Some(ROOT)),
+            ("a mount hides /var/lib/docker: nothing", |f| f.seen[1].1 = None),
             ("/var/lib/docker/overlay2 is mounted", |f| {
                 f.mounts.push(mount("/var/lib/docker/overlay2", ROOT, "/"));
             }),
@@ -363,6 +441,20 @@ mod tests {
             ("/data/mine/overlay2 is mounted", |f| {
                 f.moved = moved(Some("/data/mine"), DATA);
                 f.mounts.push(mount("/data/mine/overlay2", ROOT, "/"));
+            }),
+            ("overlay on /var/lib/docker/volumes is kept in /srv/u", |f| {
+                f.overlays.push(overlay("/var/lib/docker/volumes", Some("/srv/u"), Some(ROOT)));
+            }),
+            // It is not known what becomes of what is written there.
+            ("overlay on /data/docker/overlay2/ab/merged is kept in", |f| {
+                f.overlays.push(overlay("/data/docker/overlay2/ab/merged", Some("ab/diff"), None));
+            }),
+            ("/var/lib/docker/overlay2 is a link to /srv/x", |f| f.links = link("/srv/x", ROOT)),
+            ("a link to /srv/x", |f| f.links = link("/srv/x", DATA)),
+            ("a link to /data/x", |f| f.links = link("/data/x", ROOT)),
+            ("it leads nowhere", |f| {
+                f.links = link("/data/x", DATA);
+                f.links[0].leads = None;
             }),
             ("belongs to", |f| f.confirmation.as_mut().unwrap().instance_id = "i-1".into()),
         ];
@@ -439,10 +531,15 @@ mod tests {
     #[test]
     fn what_docker_itself_mounts_is_no_stray() {
         let mut facts = good();
-        let mut overlay =
-            mount("/var/lib/docker/overlay2/ab/merged", DevNum { major: 0, minor: 50 }, "/");
-        overlay.fs_type = "overlay".into();
-        facts.mounts.push(overlay);
+        let merged = "/var/lib/docker/overlay2/ab/merged";
+        let mut own = mount(merged, DevNum { major: 0, minor: 50 }, "/");
+        own.fs_type = "overlay".into();
+        facts.mounts.push(own);
+        let upper = "/var/lib/docker/overlay2/ab/diff";
+        facts.overlays.push(overlay(merged, Some(upper), Some(DATA)));
+        // Nothing can be written to it; and it is not Docker's.
+        facts.overlays.push(overlay("/var/lib/docker/x", None, None));
+        facts.overlays.push(overlay("/srv/x", Some("/srv/u"), Some(ROOT)));
         judge(&Volume::default(), &facts).unwrap();
     }
 

@@ -23,6 +23,7 @@ use tracing::info;
 use super::block::DevNum;
 use super::docker::is_circle;
 use super::files;
+use super::inner_links::is_remapped;
 use super::migration::Place;
 
 /// A link in the place of a storage directory.
@@ -156,12 +157,9 @@ fn foreign_entry(dir: &Path) -> Result<Option<String>> {
     }
     names.sort();
     Ok(names.into_iter().find(|name| {
-        let remapped = name.split_once('.').is_some_and(|(user, group)| {
-            [user, group].iter().all(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
-        });
         let is_dockers =
             DOCKERS.contains(&name.as_str()) || name.starts_with("io.containerd.") || name == "opt";
-        !(is_dockers || remapped)
+        !(is_dockers || is_remapped(name))
     }))
 }
 

@@ -11,14 +11,15 @@
 //! | *left* | `/var/lib/.hostagent-migrated-docker-VOLUME`: the old copy after the switch |
 //!
 //! A copy that was compared, and its original, get one and the same *mark*, an attribute of their top
-//! directories that is drawn anew each time. Then *incoming* is renamed to *new*, *old* to *left*, and
+//! directories that is drawn anew each time; the original keeps the time at which the comparison began,
+//! too. Then *incoming* is renamed to *new*, *old* to *left*, and
 //! an empty *old* is made. Each of these is atomic and flushed before the next, so that an interrupted
 //! migration leaves one of these states, and what is done next follows from the disk alone:
 //!
 //! | *old* | *new* | *left* | what happened | what is done |
 //! |---|---|---|---|---|
 //! | data | none, or unused | – | nothing, or a copy was not finished | *incoming* is removed, and all begins anew |
-//! | data | data, *old*'s mark | – | cut between the two renames | compared once more, and only then finished |
+//! | data | data, *old*'s mark | – | cut between the two renames | compared once more, and only then finished; if *old* alone was changed since, *new* becomes *incoming*, and all begins anew |
 //! | data | data, another mark or none | – | somebody else's data is on the volume | refused, both named |
 //! | none, or unused | data, *left*'s mark | there | the switch is done | *old* is made, mounted; *left* erased |
 //! | none, or unused | mounted on *old*, *left*'s mark | there | Docker may have used *new* since | *left* is erased |
@@ -30,31 +31,42 @@
 //! filesystem counts as *old*, takes the link's place first, and is then moved like any other. A link to
 //! *new* stands for no *old*.
 //!
+//! What is written to *old* after it was compared is not in the copy. Right after *old* has become *left*,
+//! and again before *left* is erased, all dates of changes in it are looked at: if one is as late as the
+//! comparison, *left* becomes *old* again, and the next run begins with comparing; or, once the switch
+//! is done, *left* stays, and what was changed is named. When it begins to be erased, that is noted in
+//! the place of the time, for erasing changes it, too.
+//!
+//! A link inside of *old* that leads out of it ([`super::inner_links`]) is refused before anything stops:
+//! what is behind it would not be moved with the rest.
+//!
 //! "Unused" is what [`docker::storage`] says: nothing but what a daemon writes at its first start.
 //! Docker cannot start meanwhile: the gate wants the mounts, and their units are not there before the
 //! switch. That nothing of it runs, and nothing is mounted below *old*, is seen to by who calls.
+
+mod moving;
 
 use std::ffi::{CStr, CString, OsStr};
 use std::fs::File;
 use std::io::Read as _;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, bail, ensure};
-use rustix::fs::{
-    AtFlags, Dir, Mode, RenameFlags, XattrFlags, fgetxattr, fstat, fstatvfs, fsync, mkdirat,
-    renameat_with, statat, syncfs,
-};
+use anyhow::{Context as _, Result, ensure};
+use rustix::fs::{AtFlags, Dir, XattrFlags, fgetxattr, fstat, fstatvfs, fsync, statat};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use tracing::{info, warn};
 
 use super::beneath;
 use super::block::{DevNum, Volumes};
 use super::docker::{self, Storage};
+use super::inner_links::{InnerLink, inner_links};
 use super::link::{self, Leads, Link};
 use super::tree::{self, MARK, Progress, Usage, human};
+
+pub use moving::{erase, migrate};
 
 /// How the name of an old copy begins.
 const LEFT: &str = ".hostagent-migrated-";
@@ -81,6 +93,9 @@ pub struct Found {
     pub old: Storage,
     /// That link.
     pub link: Option<Link>,
+    /// A link in it through which a part of it is elsewhere, in words; looked for where nothing is
+    /// mounted on it.
+    pub outside: Option<String>,
     /// Its mark.
     pub old_mark: Option<String>,
     /// What the directory on the volume holds; none while the volume is not mounted.
@@ -160,6 +175,12 @@ impl Place {
         if !has_data {
             return Next::Nothing;
         }
+        if let Some(outside) = &found.outside {
+            return Next::Refuse(format!(
+                "{outside}, where that would stay when {old} is moved; stop Docker, put what it leads \
+                 to in the place of the link, and hostagent moves it with the rest"
+            ));
+        }
         match &found.new {
             None | Some(Storage::Absent | Storage::Unused) => Next::Copy,
             Some(Storage::Used(_))
@@ -214,7 +235,15 @@ fn look_in(
             Some(Leads::Elsewhere(_)) | None => {}
         }
     }
+    let top = match link.as_ref().map(|link| &link.leads) {
+        Some(Leads::Beside(real)) => Some(real.as_path()),
+        _ => is_seen(place, above, name)?.then_some(place.directory.as_path()),
+    };
     let mut found = Found {
+        outside: match top.filter(|_| is_dir(&old)) {
+            Some(top) => outside(top, &place.directory)?,
+            None => None,
+        },
         old,
         link,
         old_mark,
@@ -251,6 +280,35 @@ fn look_in(
     Ok(found)
 }
 
+/// Whether the directory is what is seen at its path, and not hidden by a mount.
+fn is_seen(place: &Place, above: BorrowedFd<'_>, name: &CStr) -> Result<bool> {
+    let doing = || format!("looking at {}", place.directory.display());
+    let beneath = match statat(above, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(beneath) => beneath,
+        Err(Errno::NOENT) => return Ok(false),
+        Err(e) => return Err(e).with_context(doing),
+    };
+    match std::fs::symlink_metadata(&place.directory) {
+        Ok(seen) => Ok((seen.dev(), seen.ino()) == (beneath.st_dev, beneath.st_ino)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e).with_context(doing),
+    }
+}
+
+/// The first link in `top` that leads out of it, in words. The directory will be seen at `directory`,
+/// wherever it is now: what is written in a link has to lead there.
+fn outside(top: &Path, directory: &Path) -> Result<Option<String>> {
+    let stays = |link: &InnerLink| {
+        link.leads.as_ref().is_some_and(|(there, _)| there.starts_with(top))
+            && (link.target.is_relative() || link.target.starts_with(directory))
+    };
+    let found = inner_links(top)?.into_iter().find(|link| !stays(link));
+    Ok(found.map(|InnerLink { path, target, leads }| {
+        let nowhere = if leads.is_none() { " (which leads nowhere)" } else { "" };
+        format!("{} is a link to {}{nowhere}", path.display(), target.display())
+    }))
+}
+
 /// The directory on the data volume in which the target is, which must be on that device.
 fn open_volume(place: &Place, device: DevNum) -> Result<OwnedFd> {
     let above = open_parent(&place.target)?;
@@ -277,10 +335,15 @@ fn exists(dir: BorrowedFd<'_>, name: &CStr) -> Result<bool> {
 
 /// The mark of a directory, if it has one.
 fn mark_of(dir: BorrowedFd<'_>, name: &CStr) -> Result<Option<String>> {
+    attribute(dir, name, MARK)
+}
+
+/// An attribute of hostagent's own, if a directory has it.
+fn attribute(dir: BorrowedFd<'_>, name: &CStr, attribute: &str) -> Result<Option<String>> {
     let doing = || format!("reading the mark of {}", name.to_string_lossy());
     let fd = tree::open_dir(dir, name).with_context(doing)?;
     let mut value = [0; 64];
-    match fgetxattr(&fd, MARK, &mut value[..]) {
+    match fgetxattr(&fd, attribute, &mut value[..]) {
         Ok(length) => Ok(Some(String::from_utf8_lossy(&value[..length]).into_owned())),
         // No mark, or a filesystem that cannot have one.
         Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(None),
@@ -289,7 +352,11 @@ fn mark_of(dir: BorrowedFd<'_>, name: &CStr) -> Result<Option<String>> {
 }
 
 fn set_mark(dir: &OwnedFd, mark: &str) -> Result<()> {
-    rustix::fs::fsetxattr(dir, MARK, mark.as_bytes(), XattrFlags::empty())
+    set_attribute(dir, MARK, mark)
+}
+
+fn set_attribute(dir: &OwnedFd, attribute: &str, value: &str) -> Result<()> {
+    rustix::fs::fsetxattr(dir, attribute, value.as_bytes(), XattrFlags::empty())
         .context("marking a directory")?;
     fsync(dir).context("flushing a mark")
 }
@@ -369,156 +436,6 @@ pub fn space(places: &[&Place], device: DevNum) -> Result<Space> {
         space.needed = space.needed.plus(tree::measure(dir, &progress)?);
     }
     Ok(space)
-}
-
-/// Moves the data to the volume, as far as it is not there yet. Docker must be down, and nothing
-/// mounted at or below the directory; `idle` fails if something uses it nevertheless, and is asked
-/// before the copy and before the switch.
-pub fn migrate(
-    place: &Place,
-    device: DevNum,
-    idle: &dyn Fn() -> Result<()>,
-    progress: &Progress,
-) -> Result<()> {
-    tree::raise_descriptor_limit();
-    let (old_above, new_above) = (open_parent(&place.directory)?, open_volume(place, device)?);
-    let old_name = place.name()?;
-    let found = look_in(place, old_above.as_fd(), &old_name, Some(device))?;
-    let migration = Migration { place, device, old_above, new_above, old_name, idle, progress };
-    match place.next(&found) {
-        Next::Nothing => Ok(()),
-        Next::Refuse(why) => bail!(why),
-        Next::Finish => {
-            let new = name_of(&place.target)?;
-            migration.compare(&new)?;
-            migration.switch()
-        }
-        Next::Copy => {
-            migration.copy(matches!(found.new, Some(Storage::Unused)))?;
-            migration.switch()
-        }
-    }
-}
-
-struct Migration<'a> {
-    place: &'a Place,
-    device: DevNum,
-    old_above: OwnedFd,
-    new_above: OwnedFd,
-    old_name: CString,
-    idle: &'a dyn Fn() -> Result<()>,
-    progress: &'a Progress,
-}
-
-impl Migration<'_> {
-    fn open_old(&self) -> Result<OwnedFd> {
-        tree::open_dir(self.old_above.as_fd(), &self.old_name)
-            .with_context(|| format!("opening {}", self.place.directory.display()))
-    }
-
-    /// Makes a compared copy, and puts it in its place.
-    fn copy(&self, over_unused: bool) -> Result<()> {
-        let (directory, target) = (self.place.directory.display(), self.place.target.display());
-        let incoming = name_of(&self.place.incoming())?;
-        let above = self.new_above.as_fd();
-        (self.idle)()?;
-        self.progress.begin(&format!("measuring {directory}"), 0)?;
-        let usage = tree::measure(self.open_old()?, self.progress)?;
-        self.progress.begin("removing an unfinished copy", 0)?;
-        tree::remove(above, &incoming, self.progress)?;
-        let space = Space { needed: usage, free: free(above)? };
-        if let Some(lacks) = space.lacks() {
-            bail!("{directory} does not fit on {}: {lacks}", self.place.volumes);
-        }
-        info!("copying {directory} to {target}: {} in {} files", human(usage.bytes), usage.inodes);
-        mkdirat(above, &*incoming, Mode::RWXU)
-            .with_context(|| format!("making {}", self.place.incoming().display()))?;
-        let copy = tree::open_dir(above, &incoming).context("opening the new directory")?;
-        let seen = DevNum::of(fstat(&copy)?.st_dev);
-        ensure!(seen == self.device, "{target} would be on {seen}, not on {}", self.device);
-        self.progress.begin(&format!("copying {directory}"), usage.bytes)?;
-        tree::copy(self.open_old()?, copy, self.progress)?;
-        self.progress.begin("flushing", 0)?;
-        syncfs(above).context("flushing the copy")?;
-        self.compare(&incoming)?;
-
-        let (mark, old) = (new_mark()?, self.open_old()?);
-        set_mark(&old, &mark)?;
-        set_mark(&tree::open_dir(above, &incoming).context("opening the copy")?, &mark)?;
-        syncfs(above).context("flushing the copy")?;
-        self.progress.tick()?;
-        let name = name_of(&self.place.target)?;
-        // Over nothing, or in exchange for what no user had a part in; never over data.
-        let flags = if over_unused { RenameFlags::EXCHANGE } else { RenameFlags::NOREPLACE };
-        renameat_with(above, &*incoming, above, &*name, flags)
-            .with_context(|| format!("putting the copy in its place, {target}"))?;
-        syncfs(above).context("flushing the copy's name")
-    }
-
-    /// Compares the old directory with a copy on the volume.
-    fn compare(&self, copy: &CStr) -> Result<()> {
-        let directory = self.place.directory.display();
-        let usage = tree::measure(self.open_old()?, self.progress)?;
-        self.progress.begin(&format!("comparing {directory}"), usage.bytes)?;
-        let copy = tree::open_dir(self.new_above.as_fd(), copy).context("opening the copy")?;
-        let seen = DevNum::of(fstat(&copy)?.st_dev);
-        ensure!(seen == self.device, "the copy is on {seen}, not on {}", self.device);
-        match tree::compare(self.open_old()?, copy, self.progress)? {
-            Ok(alike) => {
-                if let Some(path) = alike.linked_outside {
-                    warn!(
-                        "{directory}/{path} has another link outside of {directory}, through which \
-                         it stays on the root disk"
-                    );
-                }
-                Ok(())
-            }
-            Err(difference) => bail!(
-                "{directory} and its copy on {} are not the same, so nothing is switched: \
-                 {directory}/{difference}",
-                self.place.volumes
-            ),
-        }
-    }
-
-    /// Puts the old copy aside, and an empty directory in its place.
-    fn switch(&self) -> Result<()> {
-        let directory = self.place.directory.display();
-        (self.idle)().context("nothing is switched")?;
-        self.progress.tick()?;
-        let above = self.old_above.as_fd();
-        let left = name_of(&self.place.left())?;
-        renameat_with(above, &*self.old_name, above, &*left, RenameFlags::NOREPLACE)
-            .with_context(|| format!("renaming {directory} to {}", self.place.left().display()))?;
-        fsync(above).context("flushing the new name")?;
-        info!("{directory} is now on {}", self.place.volumes);
-        mkdirat(above, &*self.old_name, Mode::RWXU | Mode::XGRP)
-            .with_context(|| format!("making {directory}"))?;
-        fsync(above).context("flushing the new directory")?;
-        // What an exchange left; an interrupted run leaves it to the next copy.
-        tree::remove(self.new_above.as_fd(), &name_of(&self.place.incoming())?, self.progress)
-    }
-}
-
-/// Overwrites and removes the old copy, of which the volume must have the new one. That this is
-/// mounted on the directory, and that the volume is the confirmed one, is seen to by who calls.
-pub fn erase(place: &Place, device: DevNum, progress: &Progress) -> Result<()> {
-    tree::raise_descriptor_limit();
-    let (old_above, new_above) = (open_parent(&place.directory)?, open_volume(place, device)?);
-    let left = name_of(&place.left())?;
-    if !exists(old_above.as_fd(), &left)? {
-        return Ok(());
-    }
-    let mark = mark_of(old_above.as_fd(), &left)?;
-    let copy = mark_of(new_above.as_fd(), &name_of(&place.target)?)?;
-    ensure!(
-        mark.is_some() && mark == copy,
-        "{} is not the copy of {}, which may be all that there is",
-        place.target.display(),
-        place.left().display()
-    );
-    tree::erase(old_above.as_fd(), &left, progress)
-        .with_context(|| format!("erasing {}", place.left().display()))
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ pub mod format;
 pub mod ground;
 pub mod growth;
 pub mod identity;
+pub mod inner_links;
 pub mod kernel;
 pub mod link;
 pub mod logs;

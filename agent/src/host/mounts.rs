@@ -1,6 +1,6 @@
 //! What is mounted where, from `/proc/self/mountinfo` (proc(5)), and the names of mount units.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use procfs::process::MountInfo;
@@ -56,6 +56,45 @@ fn convert(info: MountInfo) -> Result<Mount> {
     })
 }
 
+/// An overlay (kernel documentation, filesystems/overlayfs).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Overlay {
+    /// Where it is mounted.
+    pub mount_point: PathBuf,
+    /// The directory that takes what is written to it, as it was given; none if nothing can be written.
+    pub upper: Option<PathBuf>,
+    /// The device that this directory is on; none if it is not found.
+    pub device: Option<DevNum>,
+}
+
+/// All overlays of this process's namespace.
+pub fn overlays() -> Result<Vec<Overlay>> {
+    let me = procfs::process::Process::myself().context("opening /proc/self")?;
+    let infos = me.mountinfo().context("reading /proc/self/mountinfo")?;
+    let overlays = infos.0.into_iter().filter(|info| info.fs_type == "overlay");
+    let convert = |mut info: MountInfo| {
+        let upper = info.super_options.remove("upperdir").flatten().map(PathBuf::from);
+        overlay(info.mount_point, upper)
+    };
+    overlays.map(convert).collect()
+}
+
+fn overlay(mount_point: PathBuf, upper: Option<PathBuf>) -> Result<Overlay> {
+    use std::os::unix::fs::MetadataExt as _;
+    // With many layers Docker gives it relative to where it keeps them, `merged` among them.
+    let above = mount_point.parent().and_then(Path::parent).unwrap_or(Path::new("/"));
+    let device = match upper.as_ref().map(|upper| std::fs::metadata(above.join(upper))) {
+        Some(Ok(meta)) => Some(DevNum::of(meta.dev())),
+        Some(Err(e)) if e.kind() != std::io::ErrorKind::NotFound => {
+            return Err(e).with_context(|| {
+                format!("looking at what the overlay on {} writes to", mount_point.display())
+            });
+        }
+        Some(Err(_)) | None => None,
+    };
+    Ok(Overlay { mount_point, upper, device })
+}
+
 /// The name of the unit that stands for a path (systemd.unit(5), "string escaping"), with `suffix`
 /// such as `mount` or `device`.
 #[must_use]
@@ -97,6 +136,22 @@ mod tests {
         for (path, name) in table {
             assert_eq!(unit_name(Path::new(path), "mount"), name);
         }
+    }
+
+    #[test]
+    fn what_an_overlay_writes_to_is_followed() {
+        use std::os::unix::fs::MetadataExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let upper = dir.path().join("layers/ab/diff");
+        std::fs::create_dir_all(&upper).unwrap();
+        let device = Some(DevNum::of(std::fs::metadata(&upper).unwrap().dev()));
+        let merged = dir.path().join("layers/ab/merged");
+        let seen = |upper: &Path| overlay(merged.clone(), Some(upper.into())).unwrap().device;
+        assert_eq!(seen(&upper), device);
+        assert_eq!(seen(Path::new("ab/diff")), device);
+        assert_eq!(seen(Path::new("cd/diff")), None);
+        assert_eq!(overlay(merged.clone(), None).unwrap().device, None);
+        overlays().unwrap();
     }
 
     #[test]

@@ -255,14 +255,27 @@ pub fn users_of(dir: &Path) -> Result<Vec<String>> {
     found.extend(files.filter(|file| inside(file)).map(|file| format!("{file} is used for swap")));
     for disk in fs::read_dir("/sys/block").context("listing /sys/block")? {
         let disk = disk.context("listing /sys/block")?;
-        // Only a loop device that is in use has one.
-        let Ok(file) = fs::read_to_string(disk.path().join("loop/backing_file")) else { continue };
+        let Some(file) = backing_file(&disk.path())? else { continue };
         if inside(&file) {
             let name = disk.file_name();
             found.push(format!("{} is the disk {}", file.trim_end(), name.to_string_lossy()));
         }
     }
     Ok(found)
+}
+
+/// The file behind a disk of `/sys/block`, which only a loop device that is in use has.
+fn backing_file(disk: &Path) -> Result<Option<String>> {
+    use nix::libc::{ENODEV, ENOENT, ENXIO};
+    let path = disk.join("loop/backing_file");
+    match fs::read_to_string(&path) {
+        Ok(file) => Ok(Some(file)),
+        // The last two: it was set free meanwhile.
+        Err(e) if e.raw_os_error().is_some_and(|no| [ENOENT, ENXIO, ENODEV].contains(&no)) => {
+            Ok(None)
+        }
+        Err(e) => Err(e).with_context(|| format!("reading {}", path.display())),
+    }
 }
 
 fn users_among(pids: &[i32], dir: &Path) -> Result<Vec<String>> {
@@ -433,6 +446,19 @@ mod tests {
         for (line, is) in table {
             assert_eq!(holds(line, dir, Some(&place)), is, "{line}");
         }
+    }
+
+    #[test]
+    fn only_what_has_no_backing_file_is_no_loop_device() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(backing_file(dir.path()).unwrap(), None);
+        let file = dir.path().join("loop/backing_file");
+        fs::create_dir_all(&file).unwrap();
+        // A directory in its place cannot be read, which is no absence.
+        assert!(backing_file(dir.path()).unwrap_err().to_string().contains("loop/backing_file"));
+        fs::remove_dir(&file).unwrap();
+        fs::write(&file, "/srv/disk\n").unwrap();
+        assert_eq!(backing_file(dir.path()).unwrap().as_deref(), Some("/srv/disk\n"));
     }
 
     #[test]

@@ -11,6 +11,7 @@
 //! targets of links, device numbers, and the attributes of chattr(1) in [`KEPT_FLAGS`]. Project ids
 //! (quotas) are not: they mean nothing on another filesystem.
 
+mod changed;
 mod compare;
 mod copy;
 mod erase;
@@ -27,6 +28,7 @@ use anyhow::{Context as _, Result};
 use rustix::fs::IFlags;
 use serde::{Deserialize, Serialize};
 
+pub use changed::{Time, changed_since, now};
 pub use compare::{Alike, Difference, compare};
 pub use copy::copy;
 pub use erase::{erase, remove};
@@ -34,8 +36,14 @@ pub use progress::{Progress, human};
 
 use walk::{Visit, Walk};
 
-/// An extended attribute of hostagent's own, on the top of a tree: not a part of the tree.
+/// How the names of hostagent's own extended attributes begin, on the top of a tree: no part of it.
+const OWN: &str = "trusted.hostagent.";
+
+/// The attribute that a copy and its original have in common.
 pub const MARK: &str = "trusted.hostagent.migration";
+
+/// The attribute of an original that says when it was compared with its copy.
+pub const COMPARED: &str = "trusted.hostagent.compared";
 
 /// The attributes of chattr(1) that are kept: those that a user sets and every filesystem means alike.
 pub const KEPT_FLAGS: IFlags = IFlags::IMMUTABLE

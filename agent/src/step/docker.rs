@@ -104,8 +104,7 @@ pub(super) async fn migrate(cx: &Context, place: &Place) -> Result<()> {
     clear_mounts(systemd, &place.directory).await?;
     let place = place.clone();
     watched("docker-storage", move |progress| {
-        let idle = || is_idle(&place.directory);
-        migration::migrate(&place, device, &idle, progress)
+        migration::migrate(&place, device, &is_idle, progress)
     })
     .await
 }
@@ -129,7 +128,8 @@ pub(super) async fn erase(cx: &Context, place: &Place) -> Result<()> {
         place.directory.display()
     );
     let place = place.clone();
-    watched("docker-storage", move |progress| migration::erase(&place, device, progress)).await
+    watched("docker-storage", move |progress| migration::erase(&place, device, &is_idle, progress))
+        .await
 }
 
 /// How long work of no known length may make no progress. A flush of all memory to a slow volume makes

@@ -28,6 +28,7 @@ fn found(old: Storage) -> Found {
     Found {
         old,
         link: None,
+        outside: None,
         old_mark: None,
         new: Some(Storage::Absent),
         new_mark: None,

@@ -4,8 +4,11 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 
+use anyhow::bail;
+
+use super::moving::ERASING;
 use super::*;
-use crate::host::tree::compare;
+use crate::host::tree::{COMPARED, compare};
 
 struct World {
     dir: tempfile::TempDir,
@@ -44,11 +47,11 @@ impl World {
     }
 
     fn run(&self) -> Result<()> {
-        migrate(&self.place, self.device, &|| Ok(()), &Progress::default())
+        migrate(&self.place, self.device, &|_| Ok(()), &Progress::default())
     }
 
     fn erase(&self) -> Result<()> {
-        erase(&self.place, self.device, &Progress::default())
+        erase(&self.place, self.device, &|_| Ok(()), &Progress::default())
     }
 
     /// Expects what is left when all is done: the data on the volume, nothing else anywhere.
@@ -68,6 +71,9 @@ impl World {
         }
     }
 }
+
+/// Something that happens to a world.
+type Change = fn(&World);
 
 fn put_mark(path: &Path, mark: &str) {
     set_mark(&File::open(path).unwrap().into(), mark).unwrap();
@@ -169,17 +175,138 @@ fn a_cut_between_the_renames_is_finished_after_another_comparison() {
         world.run().unwrap();
         world.expect_done();
     }
-    // Changed since: not finished, and nothing lost.
+}
+
+/// As if the power had been cut between the two renames.
+fn cut_between_the_renames() -> World {
     let world = World::new();
     world.run().unwrap();
     fs::remove_dir(&world.place.directory).unwrap();
     fs::rename(world.place.left(), &world.place.directory).unwrap();
-    let changed = world.place.directory.join("volumes/records/_data/3");
-    fs::write(&changed, "record three").unwrap();
-    let error = format!("{:#}", world.run().unwrap_err());
-    assert!(error.contains("volumes/records/_data") && error.contains("vol-0123"), "{error}");
-    assert_eq!(fs::read_to_string(&changed).unwrap(), "record three");
+    assert_eq!(world.next(), Next::Finish);
+    world
+}
+
+#[test]
+fn what_was_changed_since_a_copy_is_copied_anew() {
+    if not_root() {
+        return;
+    }
+    let world = cut_between_the_renames();
+    fs::create_dir(world.place.incoming()).unwrap();
+    fs::write(world.place.incoming().join("engine-id"), "of an exchange").unwrap();
+    let changed = "volumes/records/_data/3";
+    fs::write(world.place.directory.join(changed), "record three").unwrap();
+    fs::write(world.place.directory.join("volumes/records/_data/new"), "new").unwrap();
+    world.run().unwrap();
+    assert_eq!(fs::read_to_string(world.place.target.join(changed)).unwrap(), "record three");
+    assert!(world.place.target.join("volumes/records/_data/new").exists());
+    assert_eq!(world.next(), Next::Nothing);
+    world.erase().unwrap();
+    assert!(!world.place.left().exists() && !world.place.incoming().exists());
+
+    // Changed and changed back: there is nothing to copy.
+    let world = cut_between_the_renames();
+    let inode = fs::metadata(&world.place.target).unwrap().ino();
+    fs::write(world.place.directory.join("x"), "x").unwrap();
+    fs::remove_file(world.place.directory.join("x")).unwrap();
+    let top = fs::metadata(&world.place.target).unwrap();
+    File::open(&world.place.directory).unwrap().set_modified(top.modified().unwrap()).unwrap();
+    world.run().unwrap();
+    assert_eq!(fs::metadata(&world.place.target).unwrap().ino(), inode);
+    world.expect_done();
+}
+
+#[test]
+fn a_copy_that_somebody_worked_with_is_never_given_up() {
+    if not_root() {
+        return;
+    }
+    let cases: [(&str, Change); 3] = [
+        ("volumes/records/_data/9 was changed", |w| {
+            fs::write(w.place.target.join("volumes/records/_data/9"), "worked").unwrap();
+        }),
+        ("engine-id was changed", |w| {
+            fs::write(w.place.target.join("engine-id"), "x").unwrap();
+        }),
+        ("is not known", |w| {
+            let old = File::open(&w.place.directory).unwrap();
+            rustix::fs::fremovexattr(old, COMPARED).unwrap();
+        }),
+    ];
+    for (expected, change) in cases {
+        let world = cut_between_the_renames();
+        fs::write(world.place.directory.join("volumes/records/_data/3"), "record three").unwrap();
+        change(&world);
+        let inode = fs::metadata(&world.place.target).unwrap().ino();
+        let error = format!("{:#}", world.run().unwrap_err());
+        assert!(error.contains(expected), "{expected}: {error}");
+        assert_eq!(fs::metadata(&world.place.target).unwrap().ino(), inode);
+        assert_eq!(world.next(), Next::Finish);
+    }
+    // Or that is in use now.
+    let world = cut_between_the_renames();
+    fs::write(world.place.directory.join("volumes/records/_data/3"), "record three").unwrap();
+    let idle = |path: &Path| {
+        ensure!(path != world.place.target, "in use");
+        Ok(())
+    };
+    let result = migrate(&world.place, world.device, &idle, &Progress::default());
+    assert_eq!(result.unwrap_err().to_string(), "in use");
     assert!(is_whole(&world.place.target));
+}
+
+#[test]
+fn what_is_written_after_the_comparison_is_not_erased() {
+    if not_root() {
+        return;
+    }
+    // Between the comparison and the switch: not switched, and copied anew.
+    let world = World::new();
+    let late = world.place.directory.join("volumes/records/_data/late");
+    let asked = std::cell::Cell::new(0);
+    let idle = |_: &Path| {
+        asked.set(asked.get() + 1);
+        if asked.get() == 2 {
+            fs::write(&late, "late").unwrap();
+        }
+        Ok(())
+    };
+    let result = migrate(&world.place, world.device, &idle, &Progress::default());
+    let error = format!("{:#}", result.unwrap_err());
+    assert!(error.contains("volumes/records/_data/late was changed after"), "{error}");
+    assert!(!world.place.left().exists() && late.exists());
+    world.run().unwrap();
+    world.erase().unwrap();
+    let copied = world.place.target.join("volumes/records/_data/late");
+    assert_eq!(fs::read_to_string(copied).unwrap(), "late");
+
+    // After the switch: it stays, whole.
+    let cases: [(&str, Change); 3] = [
+        ("volumes/records/_data/3 was changed after it had been compared", |w| {
+            fs::write(w.place.left().join("volumes/records/_data/3"), "record 3").unwrap();
+        }),
+        ("is not known", |w| {
+            let left = File::open(w.place.left()).unwrap();
+            rustix::fs::fremovexattr(left, COMPARED).unwrap();
+        }),
+        ("is not known", |w| {
+            set_attribute(&File::open(w.place.left()).unwrap().into(), COMPARED, "soon").unwrap();
+        }),
+    ];
+    for (expected, change) in cases {
+        let world = World::new();
+        world.run().unwrap();
+        change(&world);
+        let error = format!("{:#}", world.erase().unwrap_err());
+        assert!(error.contains(expected) && error.contains("data/docker"), "{expected}: {error}");
+        assert!(is_whole(&world.place.left()));
+    }
+    let world = World::new();
+    world.run().unwrap();
+    let result = erase(&world.place, world.device, &|_| bail!("in use"), &Progress::default());
+    assert_eq!(format!("{:#}", result.unwrap_err()), "nothing is erased: in use");
+    assert!(is_whole(&world.place.left()));
 }
 
 #[test]
@@ -199,6 +326,7 @@ fn a_cut_after_the_switch_leaves_only_the_rest() {
     // Half erased.
     let world = World::new();
     world.run().unwrap();
+    set_attribute(&File::open(world.place.left()).unwrap().into(), COMPARED, ERASING).unwrap();
     fs::remove_dir_all(world.place.left().join("volumes")).unwrap();
     world.expect_done();
 
@@ -316,7 +444,7 @@ fn nothing_is_moved_where_there_is_nothing() {
 fn the_copy_is_made_on_the_volume_only() {
     let world = World::new();
     let elsewhere = DevNum { major: 4095, minor: 1 };
-    let error = migrate(&world.place, elsewhere, &|| Ok(()), &Progress::default()).unwrap_err();
+    let error = migrate(&world.place, elsewhere, &|_| Ok(()), &Progress::default()).unwrap_err();
     assert!(error.to_string().contains("not on the data volume"), "{error:#}");
     // A link in the place of the target leads nowhere.
     fs::create_dir(world.dir.path().join("trap")).unwrap();
@@ -335,16 +463,16 @@ fn a_directory_in_use_is_not_switched() {
         return;
     }
     let world = World::new();
-    let run = |idle: &dyn Fn() -> Result<()>| {
+    let run = |idle: &dyn Fn(&Path) -> Result<()>| {
         let result = migrate(&world.place, world.device, idle, &Progress::default());
         format!("{:#}", result.unwrap_err())
     };
     // From the beginning: nothing is copied.
-    assert!(run(&|| bail!("in use")).contains("in use"));
+    assert!(run(&|_| bail!("in use")).contains("in use"));
     assert!(!world.place.incoming().exists());
     // Since the copy began: it is not switched.
     let asked = std::cell::Cell::new(0);
-    let later = || {
+    let later = |_: &Path| {
         asked.set(asked.get() + 1);
         ensure!(asked.get() < 2, "in use");
         Ok(())
@@ -354,6 +482,46 @@ fn a_directory_in_use_is_not_switched() {
     assert_eq!(world.next(), Next::Finish);
     world.run().unwrap();
     world.expect_done();
+}
+
+#[test]
+fn what_is_kept_elsewhere_through_a_link_is_not_moved() {
+    let outside = |world: &World, link: &str, target: &str| {
+        let path = world.place.directory.join(link);
+        let _ = fs::remove_dir_all(&path);
+        symlink(target.replace("TOP", &world.dir.path().to_string_lossy()), path).unwrap();
+        world.next()
+    };
+    for (link, target) in [
+        ("overlay2", "TOP/srv/overlay2"),
+        ("overlay2", "../../srv/overlay2"),
+        ("containers", "/no/such/place"),
+        ("volumes/records/_data", "TOP/srv/overlay2"),
+        ("volumes/v", "TOP/srv/overlay2"),
+    ] {
+        let world = World::new();
+        fs::create_dir_all(world.dir.path().join("srv/overlay2")).unwrap();
+        let Next::Refuse(why) = outside(&world, link, target) else { panic!("{link} {target}") };
+        let place = world.place.directory.join(link).display().to_string();
+        assert!(why.contains(&format!("{place} is a link to ")), "{why}");
+        let error = world.run().unwrap_err().to_string();
+        assert!(error.contains("is a link to "), "{error}");
+        assert!(!world.place.target.exists() && !world.place.incoming().exists());
+    }
+    // What stays inside stays whole.
+    for (link, target) in [("big", "volumes/records"), ("big", "TOP/lib/docker/volumes")] {
+        let world = World::new();
+        assert_eq!(outside(&world, link, target), Next::Copy, "{target}");
+    }
+    // Seen through a link in the directory's own place, too: what is written in it leads elsewhere then.
+    let world = World::new();
+    let real = world.dir.path().canonicalize().unwrap().join("data/other");
+    fs::rename(&world.place.directory, &real).unwrap();
+    symlink(&real, &world.place.directory).unwrap();
+    assert_eq!(world.next(), Next::Copy);
+    symlink(real.join("volumes"), real.join("containers")).unwrap();
+    let Next::Refuse(why) = world.next() else { panic!() };
+    assert!(why.contains("data/other/containers is a link to "), "{why}");
 }
 
 #[test]
@@ -376,13 +544,13 @@ fn a_migration_ended_anywhere_is_finished_by_the_next() {
     // Counted once, so that every part of the way is met.
     let world = World::new();
     let progress = Progress::default();
-    migrate(&world.place, world.device, &|| Ok(()), &progress).unwrap();
+    migrate(&world.place, world.device, &|_| Ok(()), &progress).unwrap();
     let moves = progress.moves();
     for at in 0..=moves {
         let world = World::new();
         let progress = Progress::default();
         progress.cancel_after(at);
-        let ended = migrate(&world.place, world.device, &|| Ok(()), &progress).is_err();
+        let ended = migrate(&world.place, world.device, &|_| Ok(()), &progress).is_err();
         assert_eq!(ended, at < moves, "{at} of {moves}");
         let old = if world.place.left().exists() {
             world.place.left()
@@ -398,7 +566,7 @@ fn a_migration_ended_anywhere_is_finished_by_the_next() {
         // And the erasing, ended somewhere too.
         let progress = Progress::default();
         progress.cancel_after(at % 60);
-        let _ = erase(&world.place, world.device, &progress);
+        let _ = erase(&world.place, world.device, &|_| Ok(()), &progress);
         world.expect_done();
     }
 }

@@ -12,7 +12,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::{KEPT_FLAGS, MARK};
+use super::{KEPT_FLAGS, OWN};
 
 /// The largest list of names and the largest value of extended attributes (xattr(7)).
 const XATTR_MAX: usize = 1 << 16;
@@ -127,10 +127,10 @@ impl Node<'_> {
         }
     }
 
-    /// What is kept of it. The mark of hostagent's own is not.
+    /// What is kept of it. What hostagent itself writes there is not.
     pub(super) fn meta(self, stat: &Stat) -> Result<Meta> {
         let mut xattrs = self.xattrs()?;
-        xattrs.retain(|name, _| name.to_bytes() != MARK.as_bytes());
+        xattrs.retain(|name, _| !is_own(name));
         Ok(Meta {
             kind: kind(stat),
             uid: stat.st_uid,
@@ -169,7 +169,7 @@ impl Node<'_> {
         }
         // What the directory above gave it.
         for (name, _) in self.xattrs()? {
-            if !meta.xattrs.contains_key(&name) && name.to_bytes() != MARK.as_bytes() {
+            if !meta.xattrs.contains_key(&name) && !is_own(&name) {
                 self.remove_xattr(&name).with_context(|| format!("removing {name:?}"))?;
             }
         }
@@ -230,12 +230,16 @@ impl Meta {
     }
 }
 
+fn is_own(attribute: &CStr) -> bool {
+    attribute.to_bytes().starts_with(OWN.as_bytes())
+}
+
 fn has_device(kind: FileType) -> bool {
     matches!(kind, FileType::CharacterDevice | FileType::BlockDevice)
 }
 
 /// Nanoseconds, which are below a thousand millions.
-fn narrow<T: TryInto<u32>>(nanoseconds: T) -> u32 {
+pub(super) fn narrow<T: TryInto<u32>>(nanoseconds: T) -> u32 {
     nanoseconds.try_into().unwrap_or(u32::MAX)
 }
 

@@ -238,6 +238,40 @@ pub(super) fn linked(stage: &mut Stage) -> Result<()> {
     guest.sh("! test -L /var/lib/docker")?;
     expect_moved(guest, &truth)?;
 
+    // A link inside of it, which leads off the volume: Docker does not start, and is told what to do.
+    let guest = stage.guest()?;
+    guest.sh("systemctl stop docker.socket docker.service containerd.service && \
+         mv /var/lib/docker/overlay2 /srv/ && \
+         ln -s /srv/overlay2 /var/lib/docker/overlay2 && ! systemctl start docker.service")?;
+    host::provision(guest, RUN)?;
+    host::expect_not_ready(stage, &[("docker-storage", "fail")])?;
+    let guest = stage.guest()?;
+    let gate = host::hostagent(guest, "gate")?;
+    ensure!(
+        gate.status == 1
+            && gate.stderr.contains("/var/lib/docker/overlay2 is a link to /srv/overlay2"),
+        "{gate:?}"
+    );
+    guest.sh("test -d /srv/overlay2/l && rm /var/lib/docker/overlay2 && mv /srv/overlay2 /var/lib/docker/")?;
+    host::provision(guest, RUN)?;
+    host::expect_ready(stage)?;
+    expect_moved(stage.guest()?, &truth)?;
+
+    // And on the root disk, before it is moved: nothing is stopped, and nothing moved.
+    let guest = stage.guest()?;
+    guest.sh(&format!(
+        "{down} && mkdir -p /srv/layers /var/lib/docker/volumes/v/_data && \
+         ln -s /srv/layers /var/lib/docker/overlay2"
+    ))?;
+    host::provision(guest, RUN)?;
+    host::expect_not_ready(stage, &[("docker-storage", "fail")])?;
+    let guest = stage.guest()?;
+    guest
+        .sh("journalctl -b -u hostagent.service -o cat | grep -q '/var/lib/docker/overlay2 is a link to /srv/layers, where that would stay'")
+        .context("not said why")?;
+    guest.sh("test -L /var/lib/docker/overlay2 && test -d /var/lib/docker/volumes/v/_data && \
+              rm -r /var/lib/docker/overlay2 /var/lib/docker/volumes")?;
+
     // A link to another disk is left as it is, and so is what is there.
     guest.sh(&format!(
         "{down} && rmdir /var/lib/docker && mkdir -p /run/disk/docker/volumes/v && \
