@@ -10,6 +10,7 @@
 
 use serde::Serialize;
 
+use super::docker_storage;
 use crate::config::{Config, Hardening, Migrate};
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
 use crate::gate;
@@ -62,6 +63,8 @@ pub struct Daemon {
     pub containers: Fact<Vec<String>>,
     /// What the gate says: why Docker may start; unknown says why it may not.
     pub gate: Fact<String>,
+    /// What the next start of a daemon would keep off the volume, by its unit; none if nothing.
+    pub off_volume: Fact<Option<String>>,
 }
 
 impl Control for DockerDaemon {
@@ -139,6 +142,7 @@ impl Control for DockerDaemon {
                 doors: Fact::new("/proc/net/tcp, and asked", doors),
                 containers: Fact::new("/proc", processes::containers()),
                 gate: Fact::new("hostagent gate", gate::check(&cx.config.volume)),
+                off_volume: docker_storage::off_volume(cx).await,
             }),
         }
     }
@@ -191,7 +195,8 @@ impl Control for DockerDaemon {
         }
         let (settings, mut refused) = (settings(&found), Vec::new());
         refused.extend(found.iter().filter_map(Found::refusal));
-        if daemon.gate.known().is_err() {
+        let on_volume = matches!(daemon.off_volume.known(), Ok(None));
+        if daemon.gate.known().is_err() || !on_volume {
             // Docker is not to be started where it is, but by `docker-storage`, and with this.
             return Ok(Plan::with_refusals(vec![], &refused));
         }

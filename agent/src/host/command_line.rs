@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result, ensure};
 
 use super::files;
-use super::systemd::Systemd;
+use super::systemd::{StartCommand, Systemd};
 
 /// The words of the command line of a process.
 pub fn words_of_process(pid: u32) -> Result<Vec<String>> {
@@ -24,6 +24,18 @@ pub fn words_of_process(pid: u32) -> Result<Vec<String>> {
 /// The words of the command line of a service's next start; none for a service that does not exist.
 pub async fn words_of_unit(systemd: &Systemd, service: &str) -> Result<Vec<String>> {
     let command = systemd.start_command(service).await?;
+    Ok(expand(&command.argv, &variables_for(service, &command)?))
+}
+
+/// The variables of a service's next start.
+pub async fn variables_of_unit(
+    systemd: &Systemd,
+    service: &str,
+) -> Result<BTreeMap<String, String>> {
+    variables_for(service, &systemd.start_command(service).await?)
+}
+
+fn variables_for(service: &str, command: &StartCommand) -> Result<BTreeMap<String, String>> {
     let mut variables: BTreeMap<String, String> = BTreeMap::new();
     for assignment in &command.environment {
         if let Some((name, value)) = assignment.split_once('=') {
@@ -39,7 +51,7 @@ pub async fn words_of_unit(systemd: &Systemd, service: &str) -> Result<Vec<Strin
         let text = files::read_optional(Path::new(path))?.unwrap_or_default();
         variables.extend(self::variables(&text));
     }
-    Ok(expand(&command.argv, &variables))
+    Ok(variables)
 }
 
 /// The words of a unit's command line, with its variables.

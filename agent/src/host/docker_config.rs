@@ -1,5 +1,6 @@
-//! Where the daemons' configuration files put their storage. Flags on a command line are not seen here,
-//! but in what the running daemon holds open, and says of itself.
+//! Where the daemons' configuration files put their storage. What the command lines of their units say
+//! besides is in [`next_start`]; what the running daemons do, in what they hold open and say of
+//! themselves.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -13,6 +14,7 @@ use super::docker::is_circle;
 use super::files;
 
 mod imports;
+pub mod next_start;
 
 use imports::File;
 

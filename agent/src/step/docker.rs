@@ -12,6 +12,7 @@ use super::UNIT_DEADLINE;
 use crate::config::Migrate;
 use crate::control::Context;
 use crate::gate::{self, NOT_ON_DISK};
+use crate::host::docker_config::next_start::off_volume;
 use crate::host::dockerd::json::Setting;
 use crate::host::dockerd::transaction::{self, Then};
 use crate::host::link::{self, Leads, Link};
@@ -37,11 +38,15 @@ pub(super) async fn stop(cx: &Context) -> Result<()> {
 
 /// Docker is started, by this as by anything else, only where the gate would let it start.
 pub(super) async fn configure(cx: &Context, settings: &[Setting], then: Then) -> Result<()> {
+    let systemd = cx.host.systemd().await?;
     if matches!(then, Then::Start | Then::Restart) {
         gate::check(&cx.config.volume).context("the gate is closed")?;
+        // What the gate cannot see.
+        if let Some(what) = off_volume(systemd, cx.config.volume.mount_point.path()).await? {
+            bail!("{what}");
+        }
     }
     let stop_containers = cx.config.docker.migrate == Migrate::Running;
-    let systemd = cx.host.systemd().await?;
     transaction::configure(systemd, settings, then, stop_containers).await
 }
 

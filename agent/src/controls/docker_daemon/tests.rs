@@ -51,6 +51,7 @@ fn daemon(file: &Value) -> Daemon {
         doors: known(vec![]),
         containers: known(vec![]),
         gate: known("open".into()),
+        off_volume: known(None),
     }
 }
 
@@ -207,6 +208,14 @@ fn containers_that_run_are_not_stopped_without_consent() {
     let mut hidden = plain();
     hidden.containers = unknown();
     assert_eq!(outcome(hidden).1, "unknown: x");
+}
+
+#[test]
+fn docker_is_not_restarted_to_leave_the_volume() {
+    for off in [known(Some("--data-root /srv".into())), unknown()] {
+        let (_, plan) = outcome(Daemon { off_volume: off, ..plain() });
+        assert_eq!(plan, "");
+    }
 }
 
 #[test]
