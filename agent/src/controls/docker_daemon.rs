@@ -216,7 +216,7 @@ impl Control for DockerDaemon {
                 refused.push(format!(
                     "Docker takes the rest up only when it is started, and containers run ({}); \
                      stop them and run `hostagent provision`, or set docker.migrate to \"running\"",
-                    short(containers)
+                    processes::short(containers)
                 ));
                 if live { Then::Reload } else { Then::Leave }
             }
@@ -304,11 +304,6 @@ impl Daemon {
 
 fn join(texts: impl Iterator<Item = String>) -> String {
     texts.collect::<Vec<_>>().join("; ")
-}
-
-fn short(containers: &[String]) -> String {
-    let ids = containers.iter().map(|id| id.get(..12).unwrap_or(id));
-    ids.collect::<Vec<_>>().join(", ")
 }
 
 async fn unit(cx: &Context, name: &str) -> anyhow::Result<Unit> {
