@@ -154,6 +154,16 @@ impl Control for DockerDaemon {
         if !daemon.unit.known()?.exists() {
             return Ok(Verdict::NotApplicable { why: "Docker is not installed".to_owned() });
         }
+        if let Some(changed) = daemon.changed()? {
+            if config.docker.daemon == Hardening::Report {
+                return Err(Unknown(changed));
+            }
+            return Ok(Verdict::fail(
+                "systemd has read the files of Docker's units, which count at the next boot",
+                changed,
+                "run `hostagent provision`, or `systemctl daemon-reload`",
+            ));
+        }
         let (seen, next) = (daemon.seen()?, daemon.at_next_start()?);
         let (found, unclear) = rules::look_at_both(&seen, next.as_ref());
         let report = config.docker.daemon == Hardening::Report;
@@ -187,6 +197,10 @@ impl Control for DockerDaemon {
         let Some(daemon) = looked_at(config, facts)? else { return Ok(Plan::Nothing) };
         if !daemon.unit.known()?.exists() {
             return Ok(Plan::Nothing);
+        }
+        if daemon.changed()?.is_some() {
+            // What they say is judged after that.
+            return Ok(Plan::steps(vec![Step::ReloadManager]));
         }
         let (seen, next) = (daemon.seen()?, daemon.at_next_start()?);
         let (found, unclear) = rules::look_at_both(&seen, next.as_ref());
@@ -292,6 +306,17 @@ impl Daemon {
             bridge: self.bridge.known()?.as_ref(),
             doors: self.doors.known()?,
         })
+    }
+
+    /// Which unit's files systemd has not read as they are, if there is one: what a boot makes of them,
+    /// where `docker.socket` listens above all, nobody knows.
+    fn changed(&self) -> Result<Option<String>, Unknown> {
+        for (name, unit) in [(SOCKET, &self.socket), (SERVICE, &self.unit)] {
+            if unit.known()?.need_daemon_reload {
+                return Ok(Some(format!("the files of {name} changed since systemd read them")));
+            }
+        }
+        Ok(None)
     }
 
     /// The daemon that its unit would start in place of the one that runs.

@@ -491,6 +491,32 @@ fn docker_is_commanded_by_nobody_without_a_certificate() {
 }
 
 #[test]
+fn units_that_systemd_has_not_read_are_read_first() {
+    let stale: [Break; 2] = [
+        |d| d.socket = known(Unit { need_daemon_reload: true, ..unit("active") }),
+        |d| d.unit = known(Unit { need_daemon_reload: true, ..unit("active") }),
+    ];
+    for (name, stale) in ["docker.socket", "docker.service"].into_iter().zip(stale) {
+        for mut daemon in [good(), plain()] {
+            stale(&mut daemon);
+            let (verdict, plan) = outcome(daemon);
+            assert_eq!(
+                verdict,
+                format!("fail: the files of {name} changed since systemd read them")
+            );
+            assert_eq!(plan, "make systemd read its units again");
+        }
+        let mut daemon = good();
+        stale(&mut daemon);
+        let (verdict, plan) = with(&config(Hardening::Report, Migrate::Stopped), daemon);
+        assert!(
+            verdict.starts_with("unknown: the files of") && plan.is_empty(),
+            "{verdict} {plan}"
+        );
+    }
+}
+
+#[test]
 fn a_swarm_excludes_live_restore() {
     let mut swarm = daemon(&file(json!({"live-restore": false})));
     let in_force = InForce { live_restore: Some(false), swarm: true, ..force(&swarm) };
