@@ -445,8 +445,10 @@ fn apparmor(seen: &Seen) -> Result<Option<Wrong>, Unknown> {
     }))
 }
 
-/// An address of `hosts` or `-H` that is reached over TCP.
+/// An address of `hosts` or `-H` that is reached over TCP. White space around it is cut off, as dockerd
+/// does it (moby, opts/hosts.go, `ParseHost`).
 fn is_tcp(host: &str) -> bool {
+    let host = host.trim();
     host.starts_with("tcp://") || !host.is_empty() && !host.contains("://")
 }
 

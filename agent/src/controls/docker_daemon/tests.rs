@@ -451,8 +451,13 @@ fn an_old_docker_does_not_say_whether_privileges_are_gained() {
 
 #[test]
 fn docker_is_commanded_by_nobody_without_a_certificate() {
-    let table: [(&str, &str, Value, bool); 11] = [
+    let table: [(&str, &str, Value, bool); 15] = [
         ("host=tcp://0.0.0.0:2375", "", json!({}), false),
+        // dockerd cuts white space off, and takes nothing but that as its default.
+        ("host= tcp://0.0.0.0:2375", "", json!({}), false),
+        ("host= unix:///run/docker.sock", "", json!({}), true),
+        ("tls", "", json!({"hosts": [" tcp://0.0.0.0:2375"]}), false),
+        ("tls", "", json!({"hosts": [" "]}), true),
         ("host=tcp://0.0.0.0:2376", "tlsverify", json!({}), true),
         ("host=tcp://0.0.0.0:2376", "tlsverify=false", json!({}), false),
         ("host=tcp://0.0.0.0:2376", "tls", json!({}), false),
