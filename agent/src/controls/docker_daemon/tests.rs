@@ -482,7 +482,7 @@ fn docker_is_commanded_by_nobody_without_a_certificate() {
         assert!(outcome(socket).0.contains(&format!("listen on {address}")), "{address}");
     }
     // Whatever it was told, what answers is open; and what Docker holds for a container is not.
-    let door = |open| Door { address: "0.0.0.0:2376".parse().unwrap(), open };
+    let door = |open| Door { address: "0.0.0.0:2376".parse().unwrap(), open, unclear: None };
     let mut daemon = daemon(&file(json!({"hosts": ["tcp://:2376"], "tlsverify": true})));
     daemon.doors = known(vec![door(false)]);
     daemon.flags = known(vec![]);
@@ -493,6 +493,43 @@ fn docker_is_commanded_by_nobody_without_a_certificate() {
     let mut open = good();
     open.doors = known(vec![door(false), door(true)]);
     assert!(outcome(open).0.contains("answers anybody who reaches 0.0.0.0:2376"));
+}
+
+#[test]
+fn an_api_that_does_not_answer_is_not_closed() {
+    let unclear = |port: u16| Door {
+        address: format!("0.0.0.0:{port}").parse().unwrap(),
+        open: false,
+        unclear: Some("nothing within 15s".into()),
+    };
+    let told = |host: &str| daemon(&file(json!({"hosts": [host], "tlsverify": true})));
+    let changed_later = |daemon: &mut Daemon| {
+        let written = daemon.file.known().unwrap().clone();
+        let changed = Some(Timestamp::from_second(STARTED + 1).unwrap());
+        daemon.file = known(Written { changed, ..written });
+    };
+    let table = [
+        (told("tcp://0.0.0.0:2376"), 2376, true),
+        (told(" tcp://10.0.0.1:2376/"), 2376, true),
+        // Docker knows the port.
+        (told("tcp://10.0.0.1"), 2376, true),
+        // A published port of a container, with and without an API.
+        (told("tcp://0.0.0.0:2376"), 8080, false),
+        (good(), 8080, false),
+    ];
+    for (i, (mut daemon, port, is_unknown)) in table.into_iter().enumerate() {
+        daemon.flags = known(vec![]);
+        daemon.doors = known(vec![unclear(port)]);
+        let (verdict, _) = outcome(daemon);
+        assert_eq!(verdict.starts_with("unknown: whether Docker"), is_unknown, "{i}: {verdict}");
+        assert_eq!(verdict.starts_with("pass"), !is_unknown, "{i}: {verdict}");
+    }
+    // It was started with another file, which may have had hosts.
+    let mut stale = good();
+    changed_later(&mut stale);
+    stale.doors = known(vec![unclear(8080)]);
+    let (found, why) = rules::look(&stale.seen().unwrap());
+    assert!(why.iter().any(|why| why.contains("at 0.0.0.0:8080")), "{} {why:?}", found.len());
 }
 
 #[test]
