@@ -142,7 +142,7 @@ impl Control for DockerDaemon {
                 doors: Fact::new("/proc/net/tcp, and asked", doors),
                 containers: Fact::new("/proc", processes::containers()),
                 gate: Fact::new("hostagent gate", gate::check(&cx.config.volume)),
-                off_volume: docker_storage::off_volume(cx).await,
+                off_volume: docker_storage::next_start::off_volume(cx).await,
             }),
         }
     }

@@ -17,7 +17,6 @@ use crate::host::beneath::{self, Hidden};
 use crate::host::block::{DevNum, Volumes};
 use crate::host::device::DataDevice;
 use crate::host::docker::{self, HeldFile, Storage};
-use crate::host::docker_config::next_start::off_volume as off_volume_at;
 use crate::host::dockerd::{self, AtStart};
 use crate::host::link::{Leads, Link};
 use crate::host::migration::{self, Found, Place, Space};
@@ -29,6 +28,7 @@ use crate::step::Step;
 use crate::volume;
 
 mod moves;
+pub(super) mod next_start;
 
 use moves::{before_moving, moves};
 
@@ -154,7 +154,7 @@ impl Control for DockerStorage {
             daemons,
             socket: loaded(systemd.as_ref(), SOCKET).await,
             at_start: docker_daemon::before_start(cx).await,
-            off_volume: off_volume(cx).await,
+            off_volume: next_start::off_volume(cx).await,
             snap: snap(systemd.as_ref()).await,
         }
     }
@@ -211,13 +211,13 @@ impl Control for DockerStorage {
                 running.push(daemon.name);
             } else if daemon.is_wanted() {
                 if let Ok(Some(what)) = facts.off_volume.known() {
-                    return Ok(would_leave(volume, what));
+                    return Ok(next_start::would_leave(volume, what));
                 }
                 return fail(format!("{} is {}", daemon.name, unit.active_state));
             }
         }
         if let Some(what) = facts.off_volume.known()? {
-            return Ok(would_leave(volume, what));
+            return Ok(next_start::would_leave(volume, what));
         }
         if socket_is_missing(facts)? {
             return fail(format!("{SOCKET} is enabled, and does not listen"));
@@ -299,15 +299,10 @@ impl Control for DockerStorage {
             up |= daemon.unit.known()?.is_up();
         }
         let stop = misplaced && up;
-        if let Some(what) = facts.off_volume.known()? {
-            // Started, it would write there: at the next boot too, as far as its mounts are in place.
-            let steps = if stop { vec![Step::StopDocker] } else { vec![] };
-            let why = format!("Docker is not started: {what}; {TO_THE_VOLUME}");
-            return Ok(Plan::with_refusals(steps, &[why]));
+        if let Some(plan) = next_start::refusal(facts, stop)? {
+            return Ok(plan);
         }
-        if stop {
-            steps.push(Step::StopDocker);
-        }
+        steps.extend(stop.then_some(Step::StopDocker));
         steps.extend(moves.steps(facts)?);
         steps.extend(prepare);
         steps.extend(mount);
@@ -345,27 +340,6 @@ impl Control for DockerStorage {
         }
         Ok(Plan::steps(steps))
     }
-}
-
-/// What an operator does about a daemon that is told to leave the volume.
-const TO_THE_VOLUME: &str = "remove that from its unit, its drop-ins or the files in /etc/default that \
-                             these read, or choose a directory below the mount point";
-
-fn would_leave(volume: &Volumes, what: &str) -> Verdict {
-    Verdict::fail(
-        format!("Docker's and containerd's storage on {volume} after their next start too"),
-        what,
-        TO_THE_VOLUME,
-    )
-}
-
-/// What is kept off the volume from the next start of a daemon on.
-pub(super) async fn off_volume(cx: &Context) -> Fact<Option<String>> {
-    let result = match cx.host.systemd().await {
-        Ok(systemd) => off_volume_at(systemd, cx.config.volume.mount_point.path()).await,
-        Err(e) => Err(e),
-    };
-    Fact::new("docker.service, containerd.service", result)
 }
 
 /// Whether the socket is to listen and does not. Where docker.service is enabled, it brings it.

@@ -137,8 +137,11 @@ fn is_match(pattern: &[u8], name: &[u8]) -> bool {
 mod tests {
     use super::*;
 
+    /// Names and contents.
+    type Files<'a> = &'a [(&'a str, &'a str)];
+
     /// The files that are read, by their paths below the directory.
-    fn read_in(dir: &Path, files: &[(&str, &str)]) -> Result<Vec<String>> {
+    fn read_in(dir: &Path, files: Files) -> Result<Vec<String>> {
         for (name, text) in files {
             let path = dir.join(name);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -152,7 +155,7 @@ mod tests {
     #[test]
     fn imports_are_followed_in_containerds_order() {
         let (glob, one) = ("imports = [\"DIR/conf.d/*.toml\"]", "imports = [\"conf.d/../x.toml\"]");
-        let table: [(&[(&str, &str)], &[&str]); 8] = [
+        let table: [(Files, &[&str]); 8] = [
             (&[], &[]),
             (&[("config.toml", "root = \"/a\"")], &["config.toml"]),
             // What matches nothing is fine.
@@ -197,7 +200,7 @@ mod tests {
         });
         let chain: Vec<_> = chain.collect();
         let chain: Vec<_> = chain.iter().map(|(name, text)| (&**name, &**text)).collect();
-        let table: [(&[(&str, &str)], &str); 7] = [
+        let table: [(Files, &str); 7] = [
             (&[("config.toml", "imports = [\"none.toml\"]")], "is not there"),
             (&[("config.toml", "imports = [\"x\"]"), ("x", "root =")], "x"),
             (&[("config.toml", "imports = \"x\"")], "imports is"),
