@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::aws::cache::{self, Confirmation};
 use crate::config::Volume;
-use crate::host::block::{DevNum, Disk, ToldBy, VolumeId};
+use crate::host::block::{DevNum, Disk, ToldBy, VolumeId, Volumes};
 use crate::host::chain::{Kind, Layer};
 use crate::host::device;
 use crate::host::docker_config::{self, Moved};
@@ -178,6 +178,18 @@ fn judge(wanted: &Volume, facts: &Facts) -> Result<String> {
             number.map_or("it leads nowhere".to_owned(), |number| format!("device {number}"))
         );
     }
+    nothing_leads_off(wanted, &volume, device, facts)?;
+    Ok(format!("Docker's storage is on {volume}"))
+}
+
+/// Fails for what, inside of the storage, is mounted from elsewhere, writes elsewhere or leads elsewhere.
+fn nothing_leads_off(
+    wanted: &Volume,
+    volume: &Volumes,
+    device: DevNum,
+    facts: &Facts,
+) -> Result<()> {
+    let place = wanted.mount_point.as_str();
     if let Some(stray) = stray_mount(wanted, device, facts) {
         bail!(
             "{} is mounted from the device {}, not from {volume}",
@@ -203,7 +215,7 @@ fn judge(wanted: &Volume, facts: &Facts) -> Result<String> {
             path = link.path.display()
         );
     }
-    Ok(format!("Docker's storage is on {volume}"))
+    Ok(())
 }
 
 /// Whether no serial number tells which volume some disk beneath is.

@@ -145,7 +145,8 @@ pub enum Step {
         /// Its new value.
         value: String,
     },
-    /// Stop Docker and containerd, and what would start them again.
+    /// Stop Docker and containerd, what would start them again, and containers that outlive them, where
+    /// that is allowed.
     StopDocker,
     /// Stop containers that outlived Docker.
     StopContainers,

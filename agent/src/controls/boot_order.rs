@@ -9,8 +9,8 @@ use crate::config::{Config, Migrate};
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
 use crate::gate::{self, STORAGE};
 use crate::host::docker::{self, Storage};
-use crate::host::mounts;
 use crate::host::systemd::Unit;
+use crate::host::{mounts, processes};
 use crate::step::{DOCKER_UNITS, Step};
 
 /// See the module.
@@ -26,6 +26,8 @@ pub struct Facts {
     /// Data that Docker has on the root disk, where nothing is mounted yet; looked for only while the
     /// gate is closed.
     pub data: Fact<Option<String>>,
+    /// The containers that run, with Docker or without it (live-restore); looked for only then, too.
+    pub containers: Fact<Vec<String>>,
 }
 
 /// A unit and its name.
@@ -68,8 +70,16 @@ impl Control for BootOrder {
             units.push(NamedUnit { name, unit: Fact::new("systemd (D-Bus)", unit) });
         }
         let gate = gate::check(&cx.config.volume);
-        let data = if gate.is_ok() { Ok(None) } else { data_on_the_root_disk() };
-        Facts { units, gate: Fact::new("hostagent gate", gate), data: Fact::new("/var/lib", data) }
+        let (data, containers) = match &gate {
+            Ok(_) => (Ok(None), Ok(Vec::new())),
+            Err(_) => (data_on_the_root_disk(), processes::containers()),
+        };
+        Facts {
+            units,
+            gate: Fact::new("hostagent gate", gate),
+            data: Fact::new("/var/lib", data),
+            containers: Fact::new("/proc", containers),
+        }
     }
 
     fn judge(&self, config: &Config, facts: &Facts) -> Result<Verdict, Unknown> {
@@ -106,10 +116,38 @@ impl Control for BootOrder {
                 if left.is_some() {
                     continue;
                 }
+                let remedy = match facts.containers.known() {
+                    Ok(containers) if !containers.is_empty() && !stops_containers(config) => {
+                        format!(
+                            "stop the containers ({}), and run `hostagent provision`, which stops Docker",
+                            processes::short(containers)
+                        )
+                    }
+                    _ => "run `hostagent provision`, which stops it".to_owned(),
+                };
                 return Ok(Verdict::fail(
-                    "nothing of Docker's runs that the gate would not let start",
+                    EXPECTED,
                     format!("{name} is {}, and the gate says: {why}", unit.active_state),
-                    "run `hostagent provision`, which stops it",
+                    remedy,
+                ));
+            }
+        }
+        if let Err(Unknown(why)) = facts.gate.known()
+            && left.is_none()
+            && let containers = facts.containers.known()?
+            && !containers.is_empty()
+        {
+            left = stays(config, facts)?;
+            if left.is_none() {
+                let containers = processes::short(containers);
+                return Ok(Verdict::fail(
+                    EXPECTED,
+                    format!("containers run ({containers}), and the gate says: {why}"),
+                    if stops_containers(config) {
+                        "run `hostagent provision`, which stops them"
+                    } else {
+                        processes::TO_STOP
+                    },
                 ));
             }
         }
@@ -137,17 +175,32 @@ impl Control for BootOrder {
                 steps.push(Step::ReloadManager);
             }
         }
+        let mut refused = Vec::new();
         if facts.gate.known().is_err() {
             let mut something = false;
             for NamedUnit { name, unit } in &facts.units {
                 something |= *name != AGENT && runs(name, unit.known()?);
             }
-            if something && stays(config, facts)?.is_none() {
-                steps.push(Step::StopDocker);
+            // Where they cannot be looked for, what can be stopped is, and the step looks again.
+            let containers = facts.containers.known().map_or(&[][..], Vec::as_slice);
+            if (something || !containers.is_empty()) && stays(config, facts)?.is_none() {
+                if something || stops_containers(config) {
+                    steps.push(Step::StopDocker);
+                } else {
+                    let containers = processes::short(containers);
+                    refused.push(format!("containers run ({containers}); {}", processes::TO_STOP));
+                }
             }
         }
-        Ok(Plan::steps(steps))
+        Ok(Plan::with_refusals(steps, &refused))
     }
+}
+
+const EXPECTED: &str = "nothing of Docker's runs that the gate would not let start";
+
+/// Whether containers may be stopped.
+fn stops_containers(config: &Config) -> bool {
+    config.docker.migrate == Migrate::Running
 }
 
 /// The data for the sake of which a Docker that runs off the volume is not stopped here: whether it
@@ -243,6 +296,7 @@ mod tests {
             units: DOCKER_UNITS.into_iter().chain([AGENT]).map(unit).collect(),
             gate: Fact::new("t", gate),
             data: Fact::new("t", Ok(None)),
+            containers: Fact::new("t", Ok(vec![])),
         }
     }
 
@@ -290,6 +344,51 @@ mod tests {
         assert_eq!(BootOrder.plan(&never, &facts), Ok(Plan::Steps(vec![Step::StopDocker])));
         facts.data = Fact::new("t", Err(anyhow!("EIO")));
         assert_eq!(word(&facts), "unknown");
+    }
+
+    #[test]
+    fn containers_that_outlive_docker_are_not_left_to_write() {
+        let with = |active: &str, gate: bool| {
+            let containers = Fact::new("t", Ok(vec!["0123456789abcdef".to_owned()]));
+            Facts { containers, ..facts(active, gate) }
+        };
+        let mut allowed = Config::default();
+        allowed.docker.migrate = Migrate::Running;
+        let judged = |config: &Config, facts: &Facts| match BootOrder.judge(config, facts).unwrap()
+        {
+            Verdict::Fail { observed, remedy, .. } => (observed, remedy),
+            other => (other.word().to_owned(), String::new()),
+        };
+        let alone = with("inactive", CLOSED);
+        let (observed, remedy) = judged(&Config::default(), &alone);
+        assert!(observed.starts_with("containers run (0123456789ab), and the gate"), "{observed}");
+        assert!(remedy.contains("docker.migrate to \"running\""), "{remedy}");
+        let plan = BootOrder.plan(&Config::default(), &alone).unwrap();
+        assert!(
+            matches!(&plan, Plan::Refuse { why } if why.contains("(0123456789ab)")),
+            "{plan:?}"
+        );
+        assert_eq!(judged(&allowed, &alone).1, "run `hostagent provision`, which stops them");
+        assert_eq!(BootOrder.plan(&allowed, &alone), Ok(Plan::Steps(vec![Step::StopDocker])));
+        // With Docker, which is stopped in any case.
+        let both = with("active", CLOSED);
+        assert!(judged(&Config::default(), &both).1.starts_with("stop the containers (01234567"));
+        let stop = Ok(Plan::Steps(vec![Step::StopDocker]));
+        assert_eq!(BootOrder.plan(&Config::default(), &both), stop);
+        // On the volume they may run; and where their data is to be moved, somebody else decides.
+        assert_eq!(word(&with("inactive", OPEN)), "pass");
+        let mut moved = with("inactive", CLOSED);
+        moved.data = Fact::new("t", Ok(Some("/var/lib/docker/volumes/v".into())));
+        assert_eq!(word(&moved), "pass");
+        assert_eq!(BootOrder.plan(&Config::default(), &moved), Ok(Plan::Nothing));
+        moved.containers = Fact::new("t", Err(anyhow!("EIO")));
+        assert_eq!(word(&moved), "unknown");
+        // Without a Docker that could start, too.
+        let mut gone = with("inactive", CLOSED);
+        for i in 0..3 {
+            change(&mut gone, i, |u| u.load_state = "not-found".into());
+        }
+        assert_eq!(word(&gone), "fail");
     }
 
     type Hole = fn(&mut Unit);

@@ -291,10 +291,20 @@ fn directory(daemon: &'static str, pid: u32, path: String) -> anyhow::Result<Dir
     Ok(Directory { daemon, path, device })
 }
 
-/// The main process of a service, if it runs.
 async fn running(cx: &Context, name: &str) -> anyhow::Result<Option<u32>> {
-    let Unit { active_state, main_pid, .. } = cx.host.systemd().await?.unit(name).await?;
-    Ok((active_state == "active" && main_pid != 0).then_some(main_pid))
+    main_process(name, &cx.host.systemd().await?.unit(name).await?)
+}
+
+/// The main process of a service, if it runs. One that is reloaded or about to end still writes, and may
+/// not answer.
+fn main_process(name: &str, unit: &Unit) -> anyhow::Result<Option<u32>> {
+    match (unit.active_state.as_str(), unit.main_pid) {
+        ("active", pid) if pid != 0 => Ok(Some(pid)),
+        // Between two attempts to start it, nothing of it runs.
+        ("activating" | "deactivating", 0) => Ok(None),
+        (state, _) if unit.is_up() => Err(anyhow::anyhow!("{name} is {state}")),
+        _ => Ok(None),
+    }
 }
 
 #[cfg(test)]

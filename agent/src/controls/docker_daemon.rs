@@ -10,6 +10,7 @@
 
 use serde::Serialize;
 
+use super::docker_storage;
 use crate::config::{Config, Hardening, Migrate};
 use crate::control::{About, Context, Control, Fact, Plan, Unknown, Verdict};
 use crate::gate;
@@ -62,6 +63,8 @@ pub struct Daemon {
     pub containers: Fact<Vec<String>>,
     /// What the gate says: why Docker may start; unknown says why it may not.
     pub gate: Fact<String>,
+    /// What the next start of a daemon would keep off the volume, by its unit; none if nothing.
+    pub off_volume: Fact<Option<String>>,
 }
 
 impl Control for DockerDaemon {
@@ -139,6 +142,7 @@ impl Control for DockerDaemon {
                 doors: Fact::new("/proc/net/tcp, and asked", doors),
                 containers: Fact::new("/proc", processes::containers()),
                 gate: Fact::new("hostagent gate", gate::check(&cx.config.volume)),
+                off_volume: docker_storage::next_start::off_volume(cx).await,
             }),
         }
     }
@@ -149,6 +153,16 @@ impl Control for DockerDaemon {
         };
         if !daemon.unit.known()?.exists() {
             return Ok(Verdict::NotApplicable { why: "Docker is not installed".to_owned() });
+        }
+        if let Some(changed) = daemon.changed()? {
+            if config.docker.daemon == Hardening::Report {
+                return Err(Unknown(changed));
+            }
+            return Ok(Verdict::fail(
+                "systemd has read the files of Docker's units, which count at the next boot",
+                changed,
+                "run `hostagent provision`, or `systemctl daemon-reload`",
+            ));
         }
         let (seen, next) = (daemon.seen()?, daemon.at_next_start()?);
         let (found, unclear) = rules::look_at_both(&seen, next.as_ref());
@@ -184,6 +198,10 @@ impl Control for DockerDaemon {
         if !daemon.unit.known()?.exists() {
             return Ok(Plan::Nothing);
         }
+        if daemon.changed()?.is_some() {
+            // What they say is judged after that.
+            return Ok(Plan::steps(vec![Step::ReloadManager]));
+        }
         let (seen, next) = (daemon.seen()?, daemon.at_next_start()?);
         let (found, unclear) = rules::look_at_both(&seen, next.as_ref());
         if let (true, Some(why)) = (found.is_empty(), unclear.first()) {
@@ -191,7 +209,8 @@ impl Control for DockerDaemon {
         }
         let (settings, mut refused) = (settings(&found), Vec::new());
         refused.extend(found.iter().filter_map(Found::refusal));
-        if daemon.gate.known().is_err() {
+        let on_volume = matches!(daemon.off_volume.known(), Ok(None));
+        if daemon.gate.known().is_err() || !on_volume {
             // Docker is not to be started where it is, but by `docker-storage`, and with this.
             return Ok(Plan::with_refusals(vec![], &refused));
         }
@@ -211,7 +230,7 @@ impl Control for DockerDaemon {
                 refused.push(format!(
                     "Docker takes the rest up only when it is started, and containers run ({}); \
                      stop them and run `hostagent provision`, or set docker.migrate to \"running\"",
-                    short(containers)
+                    processes::short(containers)
                 ));
                 if live { Then::Reload } else { Then::Leave }
             }
@@ -289,6 +308,17 @@ impl Daemon {
         })
     }
 
+    /// Which unit's files systemd has not read as they are, if there is one: what a boot makes of them,
+    /// where `docker.socket` listens above all, nobody knows.
+    fn changed(&self) -> Result<Option<String>, Unknown> {
+        for (name, unit) in [(SOCKET, &self.socket), (SERVICE, &self.unit)] {
+            if unit.known()?.need_daemon_reload {
+                return Ok(Some(format!("the files of {name} changed since systemd read them")));
+            }
+        }
+        Ok(None)
+    }
+
     /// The daemon that its unit would start in place of the one that runs.
     fn at_next_start(&self) -> Result<Option<Seen<'_>>, Unknown> {
         let (flags, file, swarm) =
@@ -299,11 +329,6 @@ impl Daemon {
 
 fn join(texts: impl Iterator<Item = String>) -> String {
     texts.collect::<Vec<_>>().join("; ")
-}
-
-fn short(containers: &[String]) -> String {
-    let ids = containers.iter().map(|id| id.get(..12).unwrap_or(id));
-    ids.collect::<Vec<_>>().join(", ")
 }
 
 async fn unit(cx: &Context, name: &str) -> anyhow::Result<Unit> {

@@ -28,6 +28,7 @@ use crate::step::Step;
 use crate::volume;
 
 mod moves;
+pub(super) mod next_start;
 
 use moves::{before_moving, moves};
 
@@ -53,6 +54,8 @@ pub struct Facts {
     pub socket: Fact<Unit>,
     /// What Docker would be started with; none where that is not to be changed.
     pub at_start: Fact<Option<AtStart>>,
+    /// What the next start of a daemon would keep off the volume, by its unit; none if nothing.
+    pub off_volume: Fact<Option<String>>,
     /// What there is of a Docker that is installed as a snap, if there is one.
     pub snap: Fact<Option<String>>,
 }
@@ -151,6 +154,7 @@ impl Control for DockerStorage {
             daemons,
             socket: loaded(systemd.as_ref(), SOCKET).await,
             at_start: docker_daemon::before_start(cx).await,
+            off_volume: next_start::off_volume(cx).await,
             snap: snap(systemd.as_ref()).await,
         }
     }
@@ -206,8 +210,14 @@ impl Control for DockerStorage {
             if unit.active_state == "active" {
                 running.push(daemon.name);
             } else if daemon.is_wanted() {
+                if let Ok(Some(what)) = facts.off_volume.known() {
+                    return Ok(next_start::would_leave(volume, what));
+                }
                 return fail(format!("{} is {}", daemon.name, unit.active_state));
             }
+        }
+        if let Some(what) = facts.off_volume.known()? {
+            return Ok(next_start::would_leave(volume, what));
         }
         if socket_is_missing(facts)? {
             return fail(format!("{SOCKET} is enabled, and does not listen"));
@@ -288,9 +298,11 @@ impl Control for DockerStorage {
         for daemon in &facts.daemons {
             up |= daemon.unit.known()?.is_up();
         }
-        if misplaced && up {
-            steps.push(Step::StopDocker);
+        let stop = misplaced && up;
+        if let Some(plan) = next_start::refusal(facts, stop)? {
+            return Ok(plan);
         }
+        steps.extend(stop.then_some(Step::StopDocker));
         steps.extend(moves.steps(facts)?);
         steps.extend(prepare);
         steps.extend(mount);

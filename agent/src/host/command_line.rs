@@ -27,6 +27,14 @@ pub async fn words_of_unit(systemd: &Systemd, service: &str) -> Result<Vec<Strin
     Ok(expand(&command.argv, &variables(&command)?))
 }
 
+/// The variables of a service's next start.
+pub async fn variables_of_unit(
+    systemd: &Systemd,
+    service: &str,
+) -> Result<BTreeMap<String, String>> {
+    variables(&systemd.start_command(service).await?)
+}
+
 /// The environment of a service's next start, as far as its unit tells.
 fn variables(command: &StartCommand) -> Result<BTreeMap<String, String>> {
     let mut variables = BTreeMap::new();

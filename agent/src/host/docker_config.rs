@@ -1,5 +1,6 @@
-//! Where the daemons' configuration files put their storage. Flags on a command line are not seen here,
-//! but in what the running daemon holds open, and says of itself.
+//! Where the daemons' configuration files put their storage. What the command lines of their units say
+//! besides is in [`next_start`]; what the running daemons do, in what they hold open and say of
+//! themselves.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -11,6 +12,11 @@ use anyhow::{Context as _, Result};
 use super::block::DevNum;
 use super::docker::is_circle;
 use super::files;
+
+mod imports;
+pub mod next_start;
+
+use imports::File;
 
 const DOCKER_CONFIG: &str = "/etc/docker/daemon.json";
 const DOCKER_ROOT: &str = "/var/lib/docker";
@@ -30,63 +36,87 @@ pub struct Moved {
 
 /// The storage that the configuration files move away from the default directories.
 pub fn moved() -> Result<Vec<Moved>> {
-    let docker = files::read_optional(Path::new(DOCKER_CONFIG))?.unwrap_or_default();
-    let containerd = files::read_optional(Path::new(CONTAINERD_CONFIG))?.unwrap_or_default();
-    let settings = settings(&docker, &containerd)?.into_iter();
-    settings
-        .map(|(setting, path)| {
-            let (place, device) = match path.as_deref().map(Path::new).map(truth) {
-                Some(found) => found.with_context(|| format!("looking where {setting} leads"))?,
-                None => (None, None),
-            };
-            Ok(Moved { setting, place, device })
-        })
-        .collect()
+    let mut settings = docker_settings(Path::new(DOCKER_CONFIG))?;
+    settings.extend(containerd_settings(&imports::read(Path::new(CONTAINERD_CONFIG))?));
+    settings.into_iter().map(Setting::follow).collect()
 }
 
-/// Where containerd keeps its data, by its configuration file.
+/// Where containerd keeps its data, by its configuration files.
 pub fn containerd_root() -> Result<String> {
-    let text = files::read_optional(Path::new(CONTAINERD_CONFIG))?.unwrap_or_default();
-    let root = containerd_table(&text)?;
-    let root = root.get("root").and_then(|root| root.as_str()).filter(|root| !root.is_empty());
+    let files = imports::read(Path::new(CONTAINERD_CONFIG))?;
+    let root = root_of(&files).and_then(|(_, root)| root.as_str());
     Ok(root.unwrap_or(CONTAINERD_ROOT).to_owned())
 }
 
-fn containerd_table(text: &str) -> Result<toml::Table> {
-    text.parse().with_context(|| format!("reading {CONTAINERD_CONFIG}"))
+/// A setting that moves storage.
+struct Setting {
+    /// In words.
+    text: String,
+    /// The path that it names; none for what is no path.
+    path: Option<String>,
 }
 
-/// The settings that move storage, in words and with the path, if it is one.
-fn settings(docker: &str, containerd: &str) -> Result<Vec<(String, Option<String>)>> {
-    let mut found = Vec::new();
-    let json: serde_json::Value = match docker.trim() {
+impl Setting {
+    fn follow(self) -> Result<Moved> {
+        let Self { text: setting, path } = self;
+        let (place, device) = match path.as_deref().map(Path::new).map(truth) {
+            Some(found) => found.with_context(|| format!("looking where {setting} leads"))?,
+            None => (None, None),
+        };
+        Ok(Moved { setting, place, device })
+    }
+}
+
+/// What a file of Docker's moves.
+fn docker_settings(path: &Path) -> Result<Vec<Setting>> {
+    let text = files::read_optional(path)?.unwrap_or_default();
+    let path = path.display();
+    let json: serde_json::Value = match text.trim() {
         "" => serde_json::Value::Null,
-        text => serde_json::from_str(text).with_context(|| format!("reading {DOCKER_CONFIG}"))?,
+        text => serde_json::from_str(text).with_context(|| format!("reading {path}"))?,
     };
+    let mut found = Vec::new();
     for key in ["data-root", "graph"] {
         if let Some(root) = json.get(key)
             && root != DOCKER_ROOT
         {
-            let setting = format!("{DOCKER_CONFIG} sets \"{key}\" to {root}");
-            found.push((setting, root.as_str().map(str::to_owned)));
-        }
-    }
-    let table = containerd_table(containerd)?;
-    let is_default = |root: &toml::Value| matches!(root.as_str(), Some("" | CONTAINERD_ROOT));
-    if let Some(root) = table.get("root").filter(|root| !is_default(root)) {
-        let setting = format!("{CONTAINERD_CONFIG} sets root to {root}");
-        found.push((setting, root.as_str().map(str::to_owned)));
-    }
-    // A snapshotter keeps layers in a directory of its own, if it has one.
-    let plugins = table.get("plugins").and_then(toml::Value::as_table);
-    for (plugin, options) in plugins.into_iter().flatten() {
-        let root = options.get("root_path");
-        if let Some(root) = root.filter(|root| root.as_str() != Some("")) {
-            let setting = format!("{CONTAINERD_CONFIG} sets root_path of {plugin} to {root}");
-            found.push((setting, root.as_str().map(str::to_owned)));
+            let text = format!("{path} sets \"{key}\" to {root}");
+            found.push(Setting { text, path: root.as_str().map(str::to_owned) });
         }
     }
     Ok(found)
+}
+
+/// The root that containerd's files set, and the file: an empty one does not count, as in containerd.
+fn root_of(files: &[File]) -> Option<(&File, &toml::Value)> {
+    files.iter().rev().find_map(|file| {
+        let root = file.table.get("root").filter(|root| root.as_str() != Some(""))?;
+        Some((file, root))
+    })
+}
+
+/// What containerd's files move.
+fn containerd_settings(files: &[File]) -> Vec<Setting> {
+    let mut found = Vec::new();
+    if let Some((file, root)) = root_of(files)
+        && root.as_str() != Some(CONTAINERD_ROOT)
+    {
+        let text = format!("{} sets root to {root}", file.path.display());
+        found.push(Setting { text, path: root.as_str().map(str::to_owned) });
+    }
+    // A snapshotter keeps layers in a directory of its own, if it has one. Each that is named counts:
+    // which one outdoes which differs between versions of containerd.
+    for File { path, table } in files {
+        let plugins = table.get("plugins").and_then(toml::Value::as_table);
+        for (plugin, options) in plugins.into_iter().flatten() {
+            let root = options.get("root_path");
+            if let Some(root) = root.filter(|root| root.as_str() != Some("")) {
+                let text = format!("{} sets root_path of {plugin} to {root}", path.display());
+                found.push(Setting { text, path: root.as_str().map(str::to_owned) });
+            }
+        }
+    }
+    found
 }
 
 /// Where a path leads in truth, and the device there. What does not exist yet will be made in the
@@ -119,30 +149,61 @@ fn truth(path: &Path) -> Result<(Option<PathBuf>, Option<DevNum>)> {
 mod tests {
     use super::*;
 
+    fn containerd(texts: &[&str]) -> Vec<File> {
+        let file = |(i, text): (usize, &&str)| File {
+            path: format!("/{i}.toml").into(),
+            table: text.parse().unwrap(),
+        };
+        texts.iter().enumerate().map(file).collect()
+    }
+
     #[test]
     fn every_setting_that_moves_storage_is_seen() {
-        let of = |docker: &str, containerd: &str| settings(docker, containerd).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("daemon.json");
+        let of = |text: &str| {
+            fs::write(&file, text).unwrap();
+            docker_settings(&file)
+        };
         let table = [
-            ("", "", vec![]),
-            ("{}", "version = 2", vec![]),
-            ("{\"data-root\": \"/var/lib/docker\"}", "root = \"/var/lib/containerd\"", vec![]),
-            ("{\"data-root\": \"/srv\"}", "root = \"\"", vec![Some("/srv")]),
-            ("{\"graph\": \"/srv\"}", "root = \"/mnt\"", vec![Some("/srv"), Some("/mnt")]),
+            ("", vec![]),
+            ("{}", vec![]),
+            ("{\"data-root\": \"/var/lib/docker\"}", vec![]),
+            ("{\"data-root\": \"/srv\"}", vec![Some("/srv")]),
+            ("{\"graph\": \"/srv\"}", vec![Some("/srv")]),
             // What is no path is no default either.
-            ("{\"data-root\": 1}", "root = 2", vec![None, None]),
-            (
-                "",
-                "[plugins.\"io.containerd.snapshotter.v1.overlayfs\"]\nroot_path = \"/fast\"\n\
-                 [plugins.other]\nroot_path = \"\"\n",
-                vec![Some("/fast")],
-            ),
+            ("{\"data-root\": 1}", vec![None]),
         ];
-        for (docker, containerd, expected) in table {
-            let seen = of(docker, containerd);
-            let paths: Vec<_> = seen.iter().map(|(_, path)| path.as_deref()).collect();
-            assert_eq!(paths, expected, "{docker} {containerd}");
+        for (text, expected) in table {
+            let seen = of(text).unwrap();
+            let paths: Vec<_> = seen.iter().map(|setting| setting.path.as_deref()).collect();
+            assert_eq!(paths, expected, "{text}");
         }
-        assert!(settings("{", "").is_err() && settings("", "root =").is_err());
+        assert!(of("{").is_err());
+        let (default, mine) = ("root = \"/var/lib/containerd\"", "root = \"/mine\"");
+        let overlayfs = "[plugins.\"io.containerd.snapshotter.v1.overlayfs\"]\n";
+        let fast = format!("{overlayfs}root_path = \"/fast\"\n[plugins.other]\nroot_path = \"\"\n");
+        let faster = format!("{overlayfs}root_path = \"/faster\"\n");
+        let table: [(&[&str], &[Option<&str>]); 10] = [
+            (&[], &[]),
+            (&["version = 2"], &[]),
+            (&[default], &[]),
+            (&["root = \"\""], &[]),
+            (&[mine], &[Some("/mine")]),
+            (&["root = 2"], &[None]),
+            (&[&fast], &[Some("/fast")]),
+            // Of the root the last one counts, and an empty one is none.
+            (&["version = 2", mine], &[Some("/mine")]),
+            (&[mine, "root = \"\"", default], &[]),
+            (&[&fast, &faster], &[Some("/fast"), Some("/faster")]),
+        ];
+        for (texts, expected) in table {
+            let seen = containerd_settings(&containerd(texts));
+            let paths: Vec<_> = seen.iter().map(|setting| setting.path.as_deref()).collect();
+            assert_eq!(paths, expected, "{texts:?}");
+        }
+        let seen = containerd_settings(&containerd(&[default, mine]));
+        assert_eq!(seen[0].text, "/1.toml sets root to \"/mine\"");
     }
 
     #[test]

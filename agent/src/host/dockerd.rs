@@ -173,21 +173,40 @@ pub struct Door {
     pub address: SocketAddr,
     /// Whether it lets in whoever comes without a certificate, by having been asked.
     pub open: bool,
+    /// Why that is not known; none if it is.
+    pub unclear: Option<String>,
+}
+
+impl Door {
+    /// What comes of the answers at an address, by all ways on which it was asked. One that has none
+    /// leaves it open, or not, to the others: without IPv6, `[::]` is still reached over IPv4.
+    fn of(address: SocketAddr, answers: Vec<Result<bool>>) -> Self {
+        let open = answers.iter().any(|answer| matches!(answer, Ok(true)));
+        let known = answers.iter().any(Result::is_ok);
+        let first = answers.into_iter().find_map(Result::err).filter(|_| !known);
+        Self { address, open, unclear: first.map(|e| format!("{e:#}")) }
+    }
 }
 
 /// Where a process listens on TCP, and whether Docker answers anybody there. Not all of it is Docker's
 /// API: since version 28 the daemon itself holds the published ports of containers.
 pub async fn doors(pid: u32) -> Result<Vec<Door>> {
     let ask = |address: SocketAddr| async move {
-        let ip = match address.ip() {
-            IpAddr::V4(ip) if ip.is_unspecified() => LOOPBACKS[0],
-            IpAddr::V6(ip) if ip.is_unspecified() => LOOPBACKS[1],
-            ip => ip,
-        };
-        let open = engine_api::is_open(SocketAddr::new(ip, address.port())).await;
-        Door { address, open }
+        let ask = |ip| engine_api::is_open(SocketAddr::new(ip, address.port()));
+        Door::of(address, join_all(ways_to(address.ip()).into_iter().map(ask)).await)
     };
     Ok(join_all(sockets::of(pid)?.into_iter().map(ask)).await)
+}
+
+/// Where an address is reached from this machine.
+fn ways_to(ip: IpAddr) -> Vec<IpAddr> {
+    let [v4, v6] = LOOPBACKS;
+    match ip {
+        IpAddr::V4(ip) if ip.is_unspecified() => vec![v4],
+        // A socket of both families, unless it is told otherwise.
+        IpAddr::V6(ip) if ip.is_unspecified() => vec![v6, v4],
+        ip => vec![ip],
+    }
 }
 
 #[cfg(test)]
@@ -238,6 +257,26 @@ mod tests {
         let error = written(&flag(&path)).unwrap_err().to_string();
         assert!(error.ends_with("is a link that leads nowhere"), "{error}");
         assert_eq!(changed(&other).unwrap(), None);
+    }
+
+    #[test]
+    fn a_door_is_closed_only_where_something_answered() {
+        let address: SocketAddr = "[::]:2375".parse().unwrap();
+        assert_eq!(ways_to(address.ip()), [LOOPBACKS[1], LOOPBACKS[0]]);
+        assert_eq!(ways_to("0.0.0.0".parse().unwrap()), [LOOPBACKS[0]]);
+        let of = |answers: &[Option<bool>]| {
+            let answer = |answer: &Option<bool>| answer.context("no route");
+            let door = Door::of(address, answers.iter().map(answer).collect());
+            (door.open, door.unclear.is_some())
+        };
+        let (open, closed, unclear) = ((true, false), (false, false), (false, true));
+        // As with disable_ipv6: the first cannot be connected to.
+        assert_eq!(of(&[None, Some(true)]), open);
+        assert_eq!(of(&[None, Some(false)]), closed);
+        assert_eq!(of(&[Some(false), Some(true)]), open);
+        assert_eq!(of(&[Some(false), None]), closed);
+        assert_eq!(of(&[None, None]), unclear);
+        assert_eq!(of(&[]), closed);
     }
 
     #[test]

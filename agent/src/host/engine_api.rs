@@ -142,26 +142,40 @@ fn read_bridge(answer: &[u8]) -> Result<Bridge> {
 }
 
 /// Whether anybody who connects to this address without a certificate is answered by Docker. Whatever
-/// else is there, TLS or a server of another kind, is not Docker's open door.
-pub async fn is_open(address: SocketAddr) -> bool {
+/// else is there, TLS or a server of another kind, is not Docker's open door. What cannot be connected
+/// to, or does not answer, is not known to be closed.
+pub async fn is_open(address: SocketAddr) -> Result<bool> {
+    answers(address, DEADLINE).await
+}
+
+async fn answers(address: SocketAddr, deadline: Duration) -> Result<bool> {
     let ask = async {
-        let stream = TcpStream::connect(address).await?;
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        let answer = async move {
-            let request = hyper::Request::get("/_ping")
-                .header(hyper::header::HOST, "docker")
-                .body(Empty::<Bytes>::new())?;
-            let response = sender.send_request(request).await?;
-            let headers = response.headers();
-            let server = headers.get(hyper::header::SERVER).and_then(|v| v.to_str().ok());
-            let docker = server.is_some_and(|name| name.starts_with("Docker/"));
-            anyhow::Ok(docker || headers.contains_key("api-version"))
-        };
-        let (answer, _) = tokio::join!(answer, connection);
-        answer
+        let stream = TcpStream::connect(address).await.context("connecting")?;
+        // What comes back and is not Docker's answer, or only the end of the connection, is an answer.
+        anyhow::Ok(ping(stream).await.unwrap_or(false))
     };
-    timeout(DEADLINE, ask).await.is_ok_and(|answer| answer.unwrap_or(false))
+    let doing = || format!("asking whether Docker answers at {address}");
+    match timeout(deadline, ask).await {
+        Ok(answer) => answer.with_context(doing),
+        Err(_) => bail!("{}: nothing within {deadline:?}", doing()),
+    }
+}
+
+async fn ping(stream: TcpStream) -> Result<bool> {
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let answer = async move {
+        let request = hyper::Request::get("/_ping")
+            .header(hyper::header::HOST, "docker")
+            .body(Empty::<Bytes>::new())?;
+        let response = sender.send_request(request).await?;
+        let headers = response.headers();
+        let server = headers.get(hyper::header::SERVER).and_then(|v| v.to_str().ok());
+        let docker = server.is_some_and(|name| name.starts_with("Docker/"));
+        anyhow::Ok(docker || headers.contains_key("api-version"))
+    };
+    let (answer, _) = tokio::join!(answer, connection);
+    answer
 }
 
 /// Asks the daemon that runs.
@@ -275,6 +289,11 @@ mod tests {
 
     #[test]
     fn an_open_door_is_told_from_others() {
+        let ask = |address| {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(answers(address, Duration::from_secs(2)))
+        };
         let open = |answer: &'static [u8]| {
             let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
             let address = listener.local_addr().unwrap();
@@ -283,9 +302,7 @@ mod tests {
                 let _ = stream.read(&mut [0; 1024]);
                 let _ = stream.write_all(answer);
             });
-            let runtime =
-                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(is_open(address))
+            ask(address).unwrap()
         };
         let docker = b"HTTP/1.1 200 OK\r\nApi-Version: 1.45\r\nServer: Docker/26.1.5 (linux)\r\nContent-Length: 2\r\n\r\nOK";
         assert!(open(docker));
@@ -295,6 +312,14 @@ mod tests {
         ));
         assert!(!open(b"HTTP/1.1 200 OK\r\nServer: nginx\r\nContent-Length: 0\r\n\r\n"));
         assert!(!open(b""));
+        // Nobody takes the connection; nobody listens.
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let error = format!("{:#}", ask(address).unwrap_err());
+        assert!(error.contains("nothing within 2s"), "{error}");
+        drop(listener);
+        let error = format!("{:#}", ask(address).unwrap_err());
+        assert!(error.contains("connecting: "), "{error}");
     }
 
     /// A server that answers one request with this, or never with none.

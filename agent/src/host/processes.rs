@@ -74,6 +74,17 @@ pub fn containers() -> Result<Vec<String>> {
     Ok(ids.into_iter().collect())
 }
 
+/// What an operator does about containers that go on without Docker.
+pub const TO_STOP: &str = "set docker.migrate to \"running\" and run `hostagent provision`, which stops \
+                           them, or stop the instance";
+
+/// Containers as people know them.
+#[must_use]
+pub fn short(containers: &[String]) -> String {
+    let ids: Vec<&str> = containers.iter().map(|id| id.get(..12).unwrap_or(id)).collect();
+    ids.join(", ")
+}
+
 /// Stops the containers that outlived their daemons: SIGTERM to the first process of each, SIGKILL to
 /// what is left, and then the processes that held them.
 pub async fn stop_containers() -> Result<()> {

@@ -12,6 +12,7 @@ use super::UNIT_DEADLINE;
 use crate::config::Migrate;
 use crate::control::Context;
 use crate::gate::{self, NOT_ON_DISK};
+use crate::host::docker_config::next_start::off_volume;
 use crate::host::dockerd::json::Setting;
 use crate::host::dockerd::transaction::{self, Then};
 use crate::host::link::{self, Leads, Link};
@@ -25,6 +26,11 @@ use crate::volume;
 /// Docker again.
 pub const DOCKER_UNITS: [&str; 3] = ["docker.socket", "docker.service", "containerd.service"];
 
+/// How long containers that Docker stops with itself may take to be gone after it.
+const ENDING: Duration = Duration::from_secs(5);
+
+/// With live-restore, containers go on without Docker, and write where they did: they are stopped where
+/// that is allowed, and named otherwise. What has to follow the stop does not follow then.
 pub(super) async fn stop(cx: &Context) -> Result<()> {
     let systemd = cx.host.systemd().await?;
     for unit in DOCKER_UNITS {
@@ -32,16 +38,36 @@ pub(super) async fn stop(cx: &Context) -> Result<()> {
             systemd.stop(unit, UNIT_DEADLINE).await?;
         }
     }
-    Ok(())
+    let until = Instant::now() + ENDING;
+    loop {
+        let containers = processes::containers()?;
+        if containers.is_empty() {
+            return Ok(());
+        }
+        if cx.config.docker.migrate == Migrate::Running {
+            return processes::stop_containers().await;
+        }
+        ensure!(
+            Instant::now() < until,
+            "Docker is stopped, and containers go on without it ({}); {}",
+            processes::short(&containers),
+            processes::TO_STOP
+        );
+        sleep(Duration::from_millis(500)).await;
+    }
 }
 
 /// Docker is started, by this as by anything else, only where the gate would let it start.
 pub(super) async fn configure(cx: &Context, settings: &[Setting], then: Then) -> Result<()> {
+    let systemd = cx.host.systemd().await?;
     if matches!(then, Then::Start | Then::Restart) {
         gate::check(&cx.config.volume).context("the gate is closed")?;
+        // What the gate cannot see.
+        if let Some(what) = off_volume(systemd, cx.config.volume.mount_point.path()).await? {
+            bail!("{what}");
+        }
     }
     let stop_containers = cx.config.docker.migrate == Migrate::Running;
-    let systemd = cx.host.systemd().await?;
     transaction::configure(systemd, settings, then, stop_containers).await
 }
 

@@ -244,3 +244,21 @@ fn no_container_is_touched() {
     let plan = ContainerStorage.plan(&Config::default(), &facts);
     assert!(matches!(plan, Ok(Plan::Refuse { .. })), "{plan:?}");
 }
+
+#[test]
+fn a_daemon_on_its_way_is_not_one_that_does_not_run() {
+    let of = |state: &str, main_pid| {
+        let unit = Unit { active_state: state.into(), main_pid, ..Unit::default() };
+        main_process("docker.service", &unit).map_err(|e| e.to_string())
+    };
+    assert_eq!(of("active", 7), Ok(Some(7)));
+    for state in ["reloading", "deactivating", "activating"] {
+        assert_eq!(of(state, 7), Err(format!("docker.service is {state}")));
+    }
+    for state in ["reloading", "active"] {
+        assert_eq!(of(state, 0), Err(format!("docker.service is {state}")), "by whom?");
+    }
+    for state in ["inactive", "failed", "activating", "deactivating"] {
+        assert_eq!(of(state, 0), Ok(None), "{state}");
+    }
+}

@@ -445,8 +445,10 @@ fn apparmor(seen: &Seen) -> Result<Option<Wrong>, Unknown> {
     }))
 }
 
-/// An address of `hosts` or `-H` that is reached over TCP.
+/// An address of `hosts` or `-H` that is reached over TCP. White space around it is cut off, as dockerd
+/// does it (moby, opts/hosts.go, `ParseHost`).
 fn is_tcp(host: &str) -> bool {
+    let host = host.trim();
     host.starts_with("tcp://") || !host.is_empty() && !host.contains("://")
 }
 
@@ -481,6 +483,31 @@ fn tcp(seen: &Seen) -> Result<Option<Wrong>, Unknown> {
             "remove that address from `hosts`, -H or docker.socket, or set tlsverify with tlscacert, \
              tlscert and tlskey, and restart Docker",
         ),
-        _ => Ok(seen.twice("host", "hosts")),
+        _ => match unanswered(seen, &told)? {
+            Some(Door { address, unclear: Some(why), .. }) => {
+                Err(Unknown(format!("whether Docker answers anybody at {address}: {why}")))
+            }
+            _ => Ok(seen.twice("host", "hosts")),
+        },
     }
+}
+
+/// A door of which it is not known whether it is open, and that may be Docker's API: by what Docker is
+/// told, unless that has changed since it was started. Any other is the published port of a container,
+/// where often nobody answers.
+fn unanswered<'a>(seen: &Seen<'a>, told: &[String]) -> Result<Option<&'a Door>, Unknown> {
+    let unclear: Vec<&Door> = seen.doors.iter().filter(|door| door.unclear.is_some()).collect();
+    if unclear.is_empty() || seen.is_stale()? {
+        return Ok(unclear.into_iter().next());
+    }
+    let is_told = |door: &&Door| {
+        told.iter().any(|host| port(host).is_none_or(|port| port == door.address.port()))
+    };
+    Ok(unclear.into_iter().find(is_told))
+}
+
+/// The port of an address, if it names one.
+fn port(host: &str) -> Option<u16> {
+    let address = host.trim().trim_start_matches("tcp://");
+    address.split('/').next()?.rsplit_once(':')?.1.parse().ok()
 }

@@ -51,6 +51,7 @@ fn daemon(file: &Value) -> Daemon {
         doors: known(vec![]),
         containers: known(vec![]),
         gate: known("open".into()),
+        off_volume: known(None),
     }
 }
 
@@ -207,6 +208,14 @@ fn containers_that_run_are_not_stopped_without_consent() {
     let mut hidden = plain();
     hidden.containers = unknown();
     assert_eq!(outcome(hidden).1, "unknown: x");
+}
+
+#[test]
+fn docker_is_not_restarted_to_leave_the_volume() {
+    for off in [known(Some("--data-root /srv".into())), unknown()] {
+        let (_, plan) = outcome(Daemon { off_volume: off, ..plain() });
+        assert_eq!(plan, "");
+    }
 }
 
 #[test]
@@ -442,8 +451,13 @@ fn an_old_docker_does_not_say_whether_privileges_are_gained() {
 
 #[test]
 fn docker_is_commanded_by_nobody_without_a_certificate() {
-    let table: [(&str, &str, Value, bool); 11] = [
+    let table: [(&str, &str, Value, bool); 15] = [
         ("host=tcp://0.0.0.0:2375", "", json!({}), false),
+        // dockerd cuts white space off, and takes nothing but that as its default.
+        ("host= tcp://0.0.0.0:2375", "", json!({}), false),
+        ("host= unix:///run/docker.sock", "", json!({}), true),
+        ("tls", "", json!({"hosts": [" tcp://0.0.0.0:2375"]}), false),
+        ("tls", "", json!({"hosts": [" "]}), true),
         ("host=tcp://0.0.0.0:2376", "tlsverify", json!({}), true),
         ("host=tcp://0.0.0.0:2376", "tlsverify=false", json!({}), false),
         ("host=tcp://0.0.0.0:2376", "tls", json!({}), false),
@@ -468,7 +482,7 @@ fn docker_is_commanded_by_nobody_without_a_certificate() {
         assert!(outcome(socket).0.contains(&format!("listen on {address}")), "{address}");
     }
     // Whatever it was told, what answers is open; and what Docker holds for a container is not.
-    let door = |open| Door { address: "0.0.0.0:2376".parse().unwrap(), open };
+    let door = |open| Door { address: "0.0.0.0:2376".parse().unwrap(), open, unclear: None };
     let mut daemon = daemon(&file(json!({"hosts": ["tcp://:2376"], "tlsverify": true})));
     daemon.doors = known(vec![door(false)]);
     daemon.flags = known(vec![]);
@@ -479,6 +493,69 @@ fn docker_is_commanded_by_nobody_without_a_certificate() {
     let mut open = good();
     open.doors = known(vec![door(false), door(true)]);
     assert!(outcome(open).0.contains("answers anybody who reaches 0.0.0.0:2376"));
+}
+
+#[test]
+fn an_api_that_does_not_answer_is_not_closed() {
+    let unclear = |port: u16| Door {
+        address: format!("0.0.0.0:{port}").parse().unwrap(),
+        open: false,
+        unclear: Some("nothing within 15s".into()),
+    };
+    let told = |host: &str| daemon(&file(json!({"hosts": [host], "tlsverify": true})));
+    let changed_later = |daemon: &mut Daemon| {
+        let written = daemon.file.known().unwrap().clone();
+        let changed = Some(Timestamp::from_second(STARTED + 1).unwrap());
+        daemon.file = known(Written { changed, ..written });
+    };
+    let table = [
+        (told("tcp://0.0.0.0:2376"), 2376, true),
+        (told(" tcp://10.0.0.1:2376/"), 2376, true),
+        // Docker knows the port.
+        (told("tcp://10.0.0.1"), 2376, true),
+        // A published port of a container, with and without an API.
+        (told("tcp://0.0.0.0:2376"), 8080, false),
+        (good(), 8080, false),
+    ];
+    for (i, (mut daemon, port, is_unknown)) in table.into_iter().enumerate() {
+        daemon.flags = known(vec![]);
+        daemon.doors = known(vec![unclear(port)]);
+        let (verdict, _) = outcome(daemon);
+        assert_eq!(verdict.starts_with("unknown: whether Docker"), is_unknown, "{i}: {verdict}");
+        assert_eq!(verdict.starts_with("pass"), !is_unknown, "{i}: {verdict}");
+    }
+    // It was started with another file, which may have had hosts.
+    let mut stale = good();
+    changed_later(&mut stale);
+    stale.doors = known(vec![unclear(8080)]);
+    let (found, why) = rules::look(&stale.seen().unwrap());
+    assert!(why.iter().any(|why| why.contains("at 0.0.0.0:8080")), "{} {why:?}", found.len());
+}
+
+#[test]
+fn units_that_systemd_has_not_read_are_read_first() {
+    let stale: [Break; 2] = [
+        |d| d.socket = known(Unit { need_daemon_reload: true, ..unit("active") }),
+        |d| d.unit = known(Unit { need_daemon_reload: true, ..unit("active") }),
+    ];
+    for (name, stale) in ["docker.socket", "docker.service"].into_iter().zip(stale) {
+        for mut daemon in [good(), plain()] {
+            stale(&mut daemon);
+            let (verdict, plan) = outcome(daemon);
+            assert_eq!(
+                verdict,
+                format!("fail: the files of {name} changed since systemd read them")
+            );
+            assert_eq!(plan, "make systemd read its units again");
+        }
+        let mut daemon = good();
+        stale(&mut daemon);
+        let (verdict, plan) = with(&config(Hardening::Report, Migrate::Stopped), daemon);
+        assert!(
+            verdict.starts_with("unknown: the files of") && plan.is_empty(),
+            "{verdict} {plan}"
+        );
+    }
 }
 
 #[test]

@@ -127,7 +127,6 @@ pub(super) fn moves(
     let Some(first) = moves.moved.first().or(moves.links.first()) else { return Ok(Ok(moves)) };
     let containers = facts.containers.known()?;
     if !containers.is_empty() && config.docker.migrate != Migrate::Running {
-        let ids: Vec<&str> = containers.iter().map(|id| id.get(..12).unwrap_or(id)).collect();
         let why = if moves.moved.is_empty() {
             "is a link, which would have to be replaced"
         } else {
@@ -136,7 +135,7 @@ pub(super) fn moves(
         return Ok(Err(format!(
             "{} {why}, and containers run ({}); stop them, or set docker.migrate to \"running\"",
             first.directory.display(),
-            ids.join(", ")
+            processes::short(containers)
         )));
     }
     moves.stop = !containers.is_empty();

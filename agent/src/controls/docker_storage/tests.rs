@@ -77,6 +77,7 @@ fn fresh() -> Facts {
         daemons: DAEMONS.map(daemon).into(),
         socket: Fact::new("t", Ok(unit("active", "enabled"))),
         at_start: Fact::new("t", Ok(None)),
+        off_volume: Fact::new("t", Ok(None)),
         snap: Fact::new("t", Ok(None)),
     }
 }
@@ -227,6 +228,42 @@ fn a_daemon_that_is_told_to_write_elsewhere_is_stopped_and_not_started() {
     assert!(judge(&facts).starts_with("fail"));
     let plan = DockerStorage.plan(&Config::default(), &facts).unwrap();
     assert!(matches!(plan, Plan::Contain { steps, .. } if steps == [Step::StopDocker]));
+}
+
+#[test]
+fn a_daemon_whose_command_line_leads_off_the_volume_is_not_started() {
+    let what = "the command line of docker.service has --data-root /srv/docker";
+    let told = || Fact::new("t", Ok(Some(what.to_owned())));
+    // Down, on a host where all else is in place.
+    let mut facts = ready();
+    for daemon in &mut facts.daemons {
+        daemon.unit = Fact::new("t", Ok(unit("inactive", "enabled")));
+        daemon.held = Fact::new("t", Ok(None));
+    }
+    facts.off_volume = told();
+    assert_eq!(judge(&facts), format!("fail: {what}"));
+    let refused = plan(&facts);
+    assert!(refused.len() == 1 && refused[0].starts_with("refuse: Docker is not started: "));
+    assert!(refused[0].contains(what), "{refused:?}");
+    // Its socket would start it.
+    facts.daemons[1].unit = Fact::new("t", Ok(unit("inactive", "disabled")));
+    facts.socket = Fact::new("t", Ok(unit("inactive", "enabled")));
+    assert!(plan(&facts)[0].starts_with("refuse"), "{:?}", plan(&facts));
+    // It runs on the volume, and would not after the next boot.
+    let mut facts = ready();
+    facts.off_volume = told();
+    assert_eq!(judge(&facts), format!("fail: {what}"));
+    let refused = DockerStorage.plan(&Config::default(), &facts);
+    assert!(matches!(refused, Ok(Plan::Refuse { .. })), "{refused:?}");
+    // It runs where nothing is mounted yet, and there.
+    let mut facts = fresh();
+    facts.off_volume = told();
+    let contained = DockerStorage.plan(&Config::default(), &facts);
+    assert!(matches!(contained, Ok(Plan::Contain { steps, .. }) if steps == [Step::StopDocker]));
+    // What is not known starts nothing, and is not called good.
+    let mut facts = ready();
+    facts.off_volume = Fact::new("t", Err(anyhow!("EIO")));
+    assert!(judge(&facts).starts_with("unknown") && plan(&facts)[0].starts_with("unknown"));
 }
 
 #[test]

@@ -13,14 +13,8 @@ pub struct Flag {
 }
 
 /// Short names (moby, cmd/dockerd and daemon/command/options.go).
-const SHORT: [(&str, &str); 6] = [
-    ("H", "host"),
-    ("b", "bridge"),
-    ("D", "debug"),
-    ("G", "group"),
-    ("g", "graph"),
-    ("l", "log-level"),
-];
+const SHORT: [(&str, &str); 5] =
+    [("H", "host"), ("b", "bridge"), ("G", "group"), ("g", "graph"), ("l", "log-level")];
 
 /// The flags that are kept: of the others, such as most of `--log-opt`, the value may be a secret.
 const KEPT: [&str; 13] = [
@@ -42,6 +36,9 @@ const KEPT: [&str; 13] = [
 /// Of `--log-opt`, what says how large a log becomes.
 const KEPT_OPTIONS: [&str; 2] = ["max-file=", "max-size="];
 
+/// Short names of flags that need no value, so that others may follow in the same word: `-DH tcp://…`.
+const SWITCHES: [(char, &str); 3] = [('D', "debug"), ('h', "help"), ('v', "version")];
+
 /// The flags among the words of a command line, of which the first is the program.
 #[must_use]
 pub fn parse(words: &[String]) -> Vec<Flag> {
@@ -51,6 +48,7 @@ pub fn parse(words: &[String]) -> Vec<Flag> {
         let (name, value) = if let Some(long) = word.strip_prefix("--") {
             long.split_once('=').map_or((long, None), |(name, value)| (name, Some(value)))
         } else if let Some(short) = word.strip_prefix('-') {
+            let short = switches(short, &mut flags);
             // `-Hfd://`, `-H=fd://`, `-H fd://`
             let end = short.chars().next().map_or(0, char::len_utf8);
             let (name, value) = short.split_at(end);
@@ -58,14 +56,32 @@ pub fn parse(words: &[String]) -> Vec<Flag> {
         } else {
             continue;
         };
+        if name.is_empty() {
+            continue;
+        }
         let name = SHORT.iter().find(|(short, _)| *short == name).map_or(name, |(_, long)| long);
         let next = || words.next_if(|next| !next.starts_with('-')).cloned();
         let value = value.map(str::to_owned).or_else(next).unwrap_or_default();
-        if !name.is_empty() {
-            flags.push(Flag { name: name.to_owned(), value });
-        }
+        flags.push(Flag { name: name.to_owned(), value });
     }
     flags
+}
+
+/// Takes the switches off the beginning of short flags, and says what is left (pflag,
+/// `parseSingleShortArg`).
+fn switches<'a>(mut short: &'a str, flags: &mut Vec<Flag>) -> &'a str {
+    while let Some(first) = short.chars().next()
+        && let Some((_, name)) = SWITCHES.iter().find(|(switch, _)| *switch == first)
+    {
+        let rest = &short[first.len_utf8()..];
+        let (value, rest) = match rest.strip_prefix('=') {
+            Some(value) => (value, ""),
+            None => ("", rest),
+        };
+        flags.push(Flag { name: (*name).to_owned(), value: value.to_owned() });
+        short = rest;
+    }
+    short
 }
 
 /// The flags that may be shown.
@@ -102,6 +118,13 @@ mod tests {
             ("dockerd --host tcp://0.0.0.0:2375", vec![("host", "tcp://0.0.0.0:2375")]),
             ("dockerd --live-restore --icc=false", vec![("live-restore", ""), ("icc", "false")]),
             ("dockerd -D -l warn", vec![("debug", ""), ("log-level", "warn")]),
+            ("dockerd -DH tcp://0.0.0.0:2375", vec![("debug", ""), ("host", "tcp://0.0.0.0:2375")]),
+            ("dockerd -DHtcp://:1", vec![("debug", ""), ("host", "tcp://:1")]),
+            ("dockerd -D=false -DDg /srv", {
+                vec![("debug", "false"), ("debug", ""), ("debug", ""), ("graph", "/srv")]
+            }),
+            // What follows a switch is not its value.
+            ("dockerd -D x -H :1", vec![("debug", ""), ("host", ":1")]),
             ("dockerd --log-opt max-size=1m", vec![("log-opt", "max-size=1m")]),
             ("dockerd - x --", vec![]),
         ];

@@ -242,6 +242,8 @@ pub(super) fn data_root(stage: &mut Stage) -> Result<()> {
     guest.sh("grep -q /srv/docker /etc/docker/daemon.json")?;
 
     elsewhere(stage)?;
+    by_flag(stage)?;
+    imported(stage)?;
 
     // A disk mounted inside Docker's storage: what is written there leaves the volume.
     let guest = stage.guest()?;
@@ -258,6 +260,48 @@ pub(super) fn data_root(stage: &mut Stage) -> Result<()> {
     guest.sh("! test -e /run/hostagent/ready && ! systemctl is-active --quiet hostagent-ready.target")
         .context("the host is still called ready")
         .map(drop)
+}
+
+/// A flag leads off the volume, and Docker is down: the gate cannot see it, and nobody starts Docker.
+fn by_flag(stage: &mut Stage) -> Result<()> {
+    let guest = stage.guest()?;
+    let drop_in = "/etc/systemd/system/docker.service.d/root.conf";
+    guest.sh(&format!(
+        "systemctl stop docker.socket docker.service && mkdir -p $(dirname {drop_in}) && \
+         command=$(sed -n 's/^ExecStart=//p' /usr/lib/systemd/system/docker.service) && \
+         printf '[Service]\\nExecStart=\\nExecStart=%s --data-root /srv/docker\\n' \"$command\" > {drop_in} && \
+         systemctl daemon-reload && hostagent gate"
+    ))?;
+    let (status, report) = host::verify(guest)?;
+    ensure!(status == 1 && host::word(&report, "docker-storage") == "fail", "{report:#}");
+    for _ in 0..2 {
+        host::provision(guest, RUN)?;
+        guest.sh("! systemctl is-active docker.service && ! test -e /run/hostagent/ready")?;
+        guest.sh("! test -e /srv/docker").context("Docker wrote to the root disk")?;
+    }
+    guest
+        .sh("journalctl -b -u hostagent.service -o cat | grep -q 'not started.*--data-root /srv/docker'")
+        .context("not said why")?;
+    guest.sh(&format!("rm {drop_in} && systemctl daemon-reload"))?;
+    host::provision(guest, RUN)?;
+    host::expect_ready(stage)
+}
+
+/// containerd's file imports one that leads off the volume: the gate is closed.
+fn imported(stage: &mut Stage) -> Result<()> {
+    let guest = stage.guest()?;
+    guest
+        .sh("cd /etc/containerd && cp -a config.toml /root/ && mkdir -p conf.d && \
+         sed -i '1i imports = [\"/etc/containerd/conf.d/*.toml\"]' config.toml && hostagent gate")
+        .context("an import that matches nothing")?;
+    guest
+        .sh("systemctl stop docker.socket docker.service containerd.service && \
+         printf 'version = 2\\nroot = \"/srv/containerd\"\\n' > /etc/containerd/conf.d/x.toml && \
+         ! hostagent gate && ! systemctl start containerd.service && ! test -e /srv/containerd")
+        .context("containerd started off the volume")?;
+    guest.sh("rm -r /etc/containerd/conf.d && mv /root/config.toml /etc/containerd/")?;
+    host::provision(guest, RUN)?;
+    host::expect_ready(stage)
 }
 
 /// Docker's root directory is elsewhere on the volume, and then where it was again.
