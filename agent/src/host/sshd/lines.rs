@@ -130,7 +130,8 @@ fn text_of(line: &[u8]) -> String {
     String::from_utf8_lossy(line).trim_end_matches(['\n', '\r']).to_owned()
 }
 
-/// The lines that set one of these keywords (in lower case), in every file that sshd reads but `ours`.
+/// The lines that set one of these keywords (in lower case), in every file that sshd reads but `ours`;
+/// of that only what is behind `Match`, which hostagent does not write.
 pub fn elsewhere(ours: &str, keywords: &[&str]) -> Result<Vec<Line>> {
     let mut found = Vec::new();
     let walk = Walk { base: Path::new("/etc/ssh"), ours: Path::new(ours) };
@@ -143,7 +144,7 @@ pub fn elsewhere(ours: &str, keywords: &[&str]) -> Result<Vec<Line>> {
 struct Walk<'a> {
     /// What relative paths are relative to.
     base: &'a Path,
-    /// The file that is passed over.
+    /// The file of which only what is behind `Match` counts.
     ours: &'a Path,
 }
 
@@ -165,8 +166,11 @@ impl Walk<'_> {
             if keyword == "include" {
                 for pattern in value {
                     for path in expand(&self.base.join(pattern))? {
-                        if path != self.ours {
-                            self.collect(&path, depth + 1, conditional, found)?;
+                        let before = found.len();
+                        self.collect(&path, depth + 1, conditional, found)?;
+                        if path == self.ours {
+                            let inside = found.split_off(before);
+                            found.extend(inside.into_iter().filter(|line| line.conditional));
                         }
                     }
                 }
@@ -340,6 +344,11 @@ mod tests {
                 "5 Port 22"
             ]
         );
+        // What somebody added to ours is not ours.
+        write("d/10-ours.conf", "Port 2222\nMatch User z\nPasswordAuthentication yes\n");
+        let added = ["2 Match User z behind Match", "3 PasswordAuthentication yes behind Match"];
+        assert_eq!(found("main").unwrap()[..2], added);
+        write("d/10-ours.conf", "Port 2222\n");
         write("inner", "X no\nMatch all\nX yes\n");
         write("outer", "Match User y\nInclude inner\nX maybe\n");
         assert_eq!(
