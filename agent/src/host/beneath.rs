@@ -80,8 +80,14 @@ pub fn hidden(path: &Path) -> Result<Option<Hidden>> {
 /// that there is no directory.
 pub fn is_immutable(path: &Path) -> Result<bool> {
     let dir = directory(path)?;
-    // A filesystem without these flags (tmpfs, overlay) has no immutable directories.
-    Ok(ioctl_getflags(&dir).is_ok_and(|flags| flags.contains(IFlags::IMMUTABLE)))
+    match ioctl_getflags(&dir) {
+        Ok(flags) => Ok(flags.contains(IFlags::IMMUTABLE)),
+        // A filesystem without these flags (tmpfs, overlay) has no immutable directories.
+        Err(Errno::NOTTY | Errno::OPNOTSUPP | Errno::NOSYS) => Ok(false),
+        Err(e) => Err(e).with_context(|| {
+            format!("asking whether the directory beneath {} is immutable", path.display())
+        }),
+    }
 }
 
 /// Makes the directory beneath a mount on `path` immutable, if it is empty.
