@@ -61,7 +61,7 @@ impl Control for RootVolume {
 
     const ABOUT: About = About {
         id: "root-volume",
-        title: "The root volume is encrypted",
+        title: "The root volume is encrypted, and whatever else logs and temporary files are on",
         why: "What containers say ends up in logs and temporary files of the host. They are on the \
               root volume, and in every snapshot and image of it.",
         requires: &[],
